@@ -1,0 +1,216 @@
+"""What the command line understands, written by hand: commands, flags, and one line for every mistake.
+
+Typer reads the words; a command then returns what is to be done, and `main` does it. So every way to end is in
+`main`: 0 for done, 2 for a mistake of the caller (one line on stderr), 130 for Ctrl-C, 141 for a reader that has
+hung up. Flag words are those of gpt-fast, and `--max-new-tokens` is the same as `--max_new_tokens`.
+
+torch is imported by the commands that need it, after their flags are known to be right.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from llamabook import __version__
+from llamabook.errors import InputError, LlamaBookError
+
+# click's UsageError, the parent of every mistake that Typer finds; its home depends on Typer's version
+UsageError = typer.BadParameter.__base__
+Action = Callable[[], None]
+
+
+def underscores(word: str) -> str:
+    """The spelling under which a flag is known: `max-new-tokens` is `max_new_tokens`."""
+    return word.replace("-", "_")
+
+
+class Commands(TyperGroup):
+    """The group of commands; it names what exists when it is asked for something else."""
+
+    def resolve_command(self, ctx, args):
+        known = self.list_commands(ctx)
+        if args[0] not in known:
+            near = difflib.get_close_matches(args[0], known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"this version has {', '.join(known)}"
+            raise InputError(f"There is no command {args[0]!r}: {hint}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    name="llamabook",
+    cls=Commands,
+    help="The Llama Book: Llama from scratch, then fast.",
+    epilog="'llamabook COMMAND --help' lists a command's flags; hyphens and underscores are the same.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={
+        "token_normalize_func": underscores,
+        "help_option_names": ["--help", "-h"],
+        "max_content_width": 100,
+    },
+)
+
+
+def not_a_flag(ctx: typer.Context, param: typer.CallbackParam, value):
+    """Refuse a flag of this command as a value: `--prompt --seed 3` lacks its prompt."""
+    flags = {flag for parameter in ctx.command.params for flag in parameter.opts}
+    word = str(value).split("=")[0]
+    if word.startswith("--") and "--" + underscores(word[2:]) in flags:
+        raise typer.BadParameter(f"needs a value, and was followed by {word}", param_hint=f"--{param.name}")
+    return value
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and stop."""
+    if wanted:
+        print(f"llamabook {__version__}")
+        raise typer.Exit()
+
+
+CheckpointPath = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--checkpoint_path",
+        metavar="PATH",
+        help="Folder with weights, parameters and tokenizer, or the weight file in it. "
+        "[default: the embedded pocket-llama2]",
+        callback=not_a_flag,
+        show_default=False,
+    ),
+]
+Prompt = Annotated[
+    str, typer.Option("--prompt", metavar="TEXT", help="How the text begins; - reads it from stdin.", callback=not_a_flag)
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max_new_tokens", metavar="N", help="Stop after N tokens, or earlier at the end of the text.")
+]
+Temperature = Annotated[
+    float, typer.Option("--temperature", metavar="X", help="0 always takes the likeliest token; higher varies more.")
+]
+TopK = Annotated[
+    Optional[int], typer.Option("--top_k", metavar="K", help="Draw from the K likeliest tokens only.")
+]
+TopP = Annotated[
+    Optional[float],
+    typer.Option("--top_p", metavar="P", help="Draw from the fewest tokens that have P of the probability together."),
+]
+NumSamples = Annotated[int, typer.Option("--num_samples", metavar="N", help="How many texts to write.")]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="The same seed gives the same texts.")]
+Device = Annotated[
+    Optional[str],
+    typer.Option(
+        "--device",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1 or mps. [default: the fastest there is]",
+        callback=not_a_flag,
+        show_default=False,
+    ),
+]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="The prompt is a message in Llama 2's chat format; print the reply.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def llamabook(
+    ctx: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+@app.command()
+def run(prompt: Prompt = "One sunny morning,", seed: Seed = 1234) -> Action:
+    """Let the embedded Llama 2 tell a story."""
+    from llamabook.cli.run import tell
+
+    return partial(tell, prompt=prompt, seed=seed)
+
+
+@app.command()
+def generate(
+    checkpoint_path: CheckpointPath = None,
+    prompt: Prompt = "One sunny morning,",
+    max_new_tokens: MaxNewTokens = 200,
+    temperature: Temperature = 0.8,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    num_samples: NumSamples = 1,
+    seed: Seed = 1234,
+    device: Device = None,
+    chat: Chat = False,
+) -> Action:
+    """Continue a prompt with a Llama.
+
+    The text goes to stdout as it is drawn, the speed to stderr. It ends at the end-of-sequence token, after
+    max_new_tokens tokens, or where the model's context ends.
+    """
+    from llamabook.cli.generate import write
+    from llamabook.cli.speak import Sampling
+
+    return partial(
+        write,
+        checkpoint_path=checkpoint_path,
+        prompt=prompt,
+        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p),
+        num_samples=num_samples,
+        seed=seed,
+        device=device,
+        chat=chat,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Do what `argv` (default: the program's arguments) asks for and return the exit code."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? rather than stopping
+    try:
+        action = app(
+            args=list(sys.argv[1:] if argv is None else argv), prog_name="llamabook", standalone_mode=False
+        )
+        if callable(action):
+            action()
+        sys.stdout.flush()
+        return action if isinstance(action, int) else 0
+    except UsageError as error:
+        return complain(usage_line(error), error.ctx.command_path if error.ctx else "llamabook")
+    except LlamaBookError as error:
+        return complain(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
+        return 141
+    except OSError as error:
+        return complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print(file=sys.stderr)
+        return 130
+
+
+def usage_line(error: Exception) -> str:
+    """Say in one line what is wrong with the words of the command line."""
+    if hasattr(error, "possibilities"):  # click's NoSuchOption
+        near = [flag for flag in error.possibilities or () if flag.startswith("--")]
+        hint = f"did you mean {near[0]}?" if near else "--help lists those that exist"
+        if not error.option_name.startswith("--"):
+            hint = "flags have two hyphens, as in --help"
+        return f"there is no flag {error.option_name}: {hint}"
+    message = error.format_message()
+    return message[:1].lower() + message[1:]
+
+
+def complain(message: str, command: str = "llamabook") -> int:
+    """Print the one line that a mistake gets, and return its exit code."""
+    sys.stdout.flush()
+    print(f"{command}: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,447 @@
+"""The command line: what it writes, where it writes it, and one line with exit code 2 for every mistake.
+
+Most tests call `main` in this process; those about exit codes of a real program start one. They use a small
+Llama 2 with random weights and a tokenizer trained here; the last section uses the embedded pocket model.
+"""
+
+import io
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+
+import llamabook
+from llamabook.checkpoint import load_model
+from llamabook.checkpoint.meta import save_meta
+from llamabook.cli import main
+from llamabook.cli.run import Page
+from llamabook.generate import generate, text_to_token_ids, token_ids_to_text
+from llamabook.llama2 import Llama2Model
+from llamabook.tokenizer import Llama2ChatFormat, load_tokenizer
+
+PACKAGE = Path(llamabook.__file__).resolve().parent.parent
+SENTENCES = [
+    "The old llama walks slowly to the green pond behind the barn.",
+    "A young farmer brings fresh hay, and the llamas eat it at once.",
+    "In the evening the sheep and the goats come home over the hill.",
+    "What do llamas eat? They eat grass, hay and a carrot on Sundays.",
+]
+CONTEXT = 64
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint in Meta's layout: random weights large enough that texts vary, and a tokenizer with bytes."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES * 20),
+        model_writer=tokenizer,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(tokenizer.getvalue())
+    vocab_size = load_tokenizer(folder).vocab_size
+    model = Llama2Model(
+        {
+            "vocab_size": vocab_size,
+            "context_length": CONTEXT,
+            "emb_dim": 32,
+            "n_heads": 2,
+            "n_layers": 2,
+            "hidden_dim": 64,
+            "n_kv_groups": 2,
+            "rope_base": 10_000.0,
+            "rope_freq": None,
+            "dtype": torch.float32,
+        }
+    )
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.copy_(torch.empty_like(parameter).normal_(std=0.3, generator=generator))
+    save_meta(model, folder)
+    return folder
+
+
+@pytest.fixture
+def cli(folder, capsys):
+    """Call `generate` on the random checkpoint with more flags; gives (exit code, stdout, stderr)."""
+
+    def call(*flags, command="generate"):
+        checkpoint = [] if "--checkpoint_path" in flags else ["--checkpoint_path", str(folder)]
+        code = main([command, *checkpoint, *map(str, flags)])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def program(*words, cwd=None, **options) -> subprocess.CompletedProcess:
+    """Run `python -m llamabook` as a program of its own."""
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "llamabook", *map(str, words)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        cwd=cwd,
+        timeout=120,
+        **options,
+    )
+
+
+def one_line(code: int, out: str, err: str, *words: str) -> None:
+    """Assert that a mistake was answered with exit code 2 and one line, on stderr, that holds `words`."""
+    assert (code, out) == (2, ""), err
+    assert err.endswith("\n") and err.count("\n") == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, err
+
+
+# What it writes
+
+
+def test_the_streamed_text_is_the_decoded_generation(cli, folder):
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    for prompt in ("The old llama", "", "Ünïcödé 🦙 "):
+        ids = generate(
+            model,
+            text_to_token_ids(prompt, tokenizer),
+            max_new_tokens=30,
+            context_size=CONTEXT,
+            temperature=1.3,
+            top_k=50,
+            top_p=0.95,
+            eos_id=tokenizer.stop_tokens,
+            generator=torch.Generator().manual_seed(3),
+        )
+        code, out, _ = cli(
+            "--prompt", prompt, "--max_new_tokens", 30, "--temperature", 1.3, "--top_k", 50, "--top_p", 0.95, "--seed", 3
+        )
+        assert code == 0
+        assert out == token_ids_to_text(ids, tokenizer) + "\n"
+
+
+def test_text_goes_to_stdout_and_speed_to_stderr(cli):
+    code, out, err = cli("--prompt", "The old llama", "--max_new_tokens", 12, "--device", "cpu")
+    assert code == 0
+    assert out.startswith("The old llama") and out.endswith("\n")
+    assert re.fullmatch(r"\d+ tokens? in \d+\.\d\d s, \d+\.\d tokens/s\n", err)
+
+
+def test_no_new_tokens_gives_the_prompt_back(cli):
+    assert cli("--prompt", "The old llama", "--max_new_tokens", 0)[:2] == (0, "The old llama\n")
+
+
+def test_hyphens_underscores_and_equals_signs_are_the_same(cli):
+    flags = ["--max_new_tokens", "8", "--top_k", "20", "--seed", "5"]
+    expected = cli(*flags)[1]
+    assert cli(*[flag.replace("_", "-") for flag in flags])[1] == expected
+    assert cli("--max-new-tokens=8", "--top_k=20", "--seed=5")[1] == expected
+    assert cli("--prompt=--x_y", "--max_new_tokens=0")[1] == "--x_y\n", "a value keeps its spelling"
+
+
+def test_the_same_seed_gives_the_same_texts_and_samples_differ(cli):
+    flags = ["--max_new_tokens", 20, "--temperature", 1, "--num_samples", 3]
+    first, again, other = (cli(*flags, "--seed", seed) for seed in (1, 1, 2))
+    assert first[1] == again[1] != other[1]
+    texts = first[1].split("\n\n")
+    assert len(set(texts)) == 3
+    assert cli(*flags[:4], "--seed", 1)[1].strip("\n") == texts[0], "the first sample is that of --num_samples 1"
+    assert [line.split(":")[0] for line in first[2].splitlines()] == ["Sample 1", "Sample 2", "Sample 3", "Average"]
+
+
+def test_temperature_zero_needs_no_luck(cli):
+    greedy = cli("--max_new_tokens", 10, "--temperature", 0, "--seed", 1)[1]
+    assert cli("--max_new_tokens", 10, "--temperature", 0, "--seed", 2)[1] == greedy
+    assert cli("--max_new_tokens", 10, "--temperature", 2, "--top_k", 1)[1] == greedy
+
+
+def test_a_text_stops_at_the_end_of_sequence_token(cli, monkeypatch, folder):
+    tokenizer = load_tokenizer(folder)
+    hay = tokenizer.encode(" hay")
+    monkeypatch.setattr(
+        "llamabook.generate.stream",
+        lambda *args, **kwargs: iter(torch.tensor(token) for token in [*hay, tokenizer.eos_id]),
+    )
+    code, out, err = cli("--prompt", "The llamas eat")
+    assert (code, out) == (0, token_ids_to_text(tokenizer.encode("The llamas eat") + hay, tokenizer) + "\n")
+    assert f"{len(hay) + 1} tokens in" in err, "the end was drawn too"
+
+
+def test_a_text_stops_where_the_context_ends_and_says_so(cli, folder):
+    code, out, err = cli("--max_new_tokens", 1000, "--temperature", 0)
+    assert code == 0
+    assert err.splitlines()[1:] == [f"Stopped at the context length of {CONTEXT} tokens."]
+    prompt = len(load_tokenizer(folder).encode("One sunny morning,", bos=True))
+    assert f"{CONTEXT - prompt} tokens in" in err
+
+
+def test_the_prompt_can_come_from_stdin(cli, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("A young fårmer\r\n".encode())))
+    assert cli("--prompt", "-", "--max_new_tokens", 0)[1] == "A young fårmer\n"
+
+
+def test_a_chat_prints_the_reply_only(cli, folder):
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    prompt = Llama2ChatFormat(tokenizer).encode("Hay?")
+    ids = generate(model, torch.tensor([prompt]), 8, CONTEXT, eos_id=tokenizer.stop_tokens)[0, len(prompt) :]
+    code, out, _ = cli("--chat", "--prompt", "Hay?", "--max_new_tokens", 8, "--temperature", 0)
+    assert (code, out) == (0, token_ids_to_text(ids, tokenizer) + "\n")
+
+
+def test_the_weight_file_is_as_good_as_its_folder(cli, folder):
+    expected = cli("--max_new_tokens", 5, "--temperature", 0)[1]
+    file = folder / "consolidated.00.pth"
+    assert cli("--checkpoint_path", str(file), "--max_new_tokens", 5, "--temperature", 0)[1] == expected
+
+
+def test_lines_are_broken_between_words(capsys):
+    page = Page(width=12)
+    for piece in ("The o", "ld lla", "ma walks to", " a veryverylongword", ".\nIt", " eats."):
+        page.push(piece)
+    page.flush()
+    assert capsys.readouterr().out == "The old\nllama walks\nto a\nveryverylongword.\nIt eats."
+
+
+# What it says about itself
+
+
+def test_help_and_version_are_quick_and_complete():
+    code = "import sys; from llamabook.cli import main; main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    for words in (["--help"], ["generate", "--help"], ["run", "-h"], ["--version"], [], ["generate", "--top_k", "0"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], env=os.environ | {"PYTHONPATH": str(PACKAGE)})
+        assert done.returncode == 0, words
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"llamabook {llamabook.__version__}\n"
+
+
+def test_no_words_at_all_show_the_help(capsys):
+    assert main([]) == 0
+    empty = capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out == empty
+    for command in ("run", "generate"):
+        assert re.search(rf"^  {command} +\w", empty, re.MULTILINE)
+
+
+# Mistakes: one line, exit code 2
+
+
+@pytest.mark.parametrize(
+    "words, answer",
+    [
+        (["chat"], ["no command 'chat'", "this version has run, generate"]),
+        (["generat"], ["did you mean generate?"]),
+        (["--frobnicate"], ["no flag --frobnicate"]),
+        (["generate", "--frobnicate"], ["llamabook generate:", "no flag --frobnicate"]),
+        (["generate", "--max-new-token", "3"], ["did you mean --max_new_tokens?"]),
+        (["generate", "-prompt", "x"], ["two hyphens"]),
+        (["generate", "--prompt"], ["--prompt"]),
+        (["generate", "--prompt", "--seed", "3"], ["--prompt", "needs a value", "--seed"]),
+        (["generate", "--prompt", "--max-new-tokens=3"], ["--prompt", "needs a value"]),
+        (["generate", "--top_k", "many"], ["--top_k"]),
+        (["generate", "--top_k", "0"], ["--top_k is 0"]),
+        (["generate", "--top_p", "1.5"], ["--top_p is 1.5"]),
+        (["generate", "--top_p", "-0.1"], ["--top_p is -0.1"]),
+        (["generate", "--temperature", "-1"], ["--temperature is -1.0"]),
+        (["generate", "--temperature", "nan"], ["--temperature is nan"]),
+        (["generate", "--temperature", "inf"], ["--temperature is inf"]),
+        (["generate", "--max_new_tokens", "-1"], ["--max_new_tokens is -1"]),
+        (["generate", "--max_new_tokens", "2.5"], ["--max_new_tokens"]),
+        (["generate", "--num_samples", "0"], ["--num_samples is 0"]),
+        (["generate", "--seed", "-1"], ["--seed is -1"]),
+        (["generate", "--seed", str(2**70)], ["--seed is"]),
+        (["run", "--seed", "-1"], ["--seed is -1"]),
+        (["generate", "--chat=yes"], ["--chat"]),
+        (["generate", "Hello"], ["Hello"]),
+        (["run", "Hello"], ["Hello"]),
+        (["generate", "--prompt", "\udcff"], ["UTF-8"]),
+        (["generate", "--device", "toaster"], ["--device is 'toaster'"]),
+        (["generate", "--device", "cuda:x"], ["--device is 'cuda:x'"]),
+        (["generate", "--device", "cuda:99"], ["--device is 'cuda:99'", "--device cpu"]),
+        (["generate", "--checkpoint_path", "/no/such/folder"], ["/no/such/folder"]),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_gets_one_line(words, answer, capsys):
+    one_line(main(words), *capsys.readouterr(), *answer)
+
+
+def test_a_prompt_longer_than_the_context(cli):
+    one_line(*cli("--prompt", "llama " * CONTEXT), "The prompt has", f"context length is {CONTEXT}")
+    one_line(*cli("--prompt", "llama " * CONTEXT, "--chat"), "The prompt has")
+
+
+def test_a_prompt_that_fills_the_context_leaves_no_room(cli, folder):
+    tokenizer = load_tokenizer(folder)
+    prompt = "a"
+    while len(tokenizer.encode(prompt, bos=True)) < CONTEXT:
+        prompt += "z"
+    assert len(tokenizer.encode(prompt, bos=True)) == CONTEXT
+    one_line(*cli("--prompt", prompt), f"The prompt has {CONTEXT} tokens")
+    assert cli("--prompt", prompt, "--max_new_tokens", 0)[:2] == (0, prompt + "\n")
+    assert cli("--prompt", prompt[:-1], "--max_new_tokens", 1)[0] == 0
+
+
+def test_stdin_that_is_not_text(cli, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00")))
+    one_line(*cli("--prompt", "-"), "UTF-8")
+
+
+class Hostile:
+    """Pickled, this creates a file when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def damaged(kind: str, folder: Path, copy: Path) -> Path:
+    """Copy the checkpoint and damage the weight file in one way; gives the path to hand to the program."""
+    for name in ("params.json", "tokenizer.model", "consolidated.00.pth"):
+        (copy / name).write_bytes((folder / name).read_bytes())
+    weights = copy / "consolidated.00.pth"
+    content = weights.read_bytes()
+    match kind:
+        case "missing":
+            weights.unlink()
+        case "empty":
+            weights.write_bytes(b"")
+        case "truncated":
+            weights.write_bytes(content[: len(content) // 2])
+        case "html":
+            weights.write_text("<!DOCTYPE html><html><body>Access denied</body></html>\n" * 20)
+        case "hostile":
+            torch.save({"tok_embeddings.weight": Hostile(copy / "executed")}, weights)
+        case "hostile-pickle":
+            weights.write_bytes(pickle.dumps(Hostile(copy / "executed"), protocol=2))
+        case "wrong-shapes":
+            tensors = torch.load(weights, weights_only=True)
+            torch.save({name: tensor[..., :-1] for name, tensor in tensors.items()}, weights)
+        case "no-tokenizer":
+            (copy / "tokenizer.model").unlink()
+        case "no-params":
+            (copy / "params.json").unlink()
+        case "foreign-tokenizer":
+            params = (copy / "params.json").read_text()
+            (copy / "params.json").write_text(re.sub(r'"vocab_size": *\d+', '"vocab_size": 300', params))
+            tensors = torch.load(weights, weights_only=True)
+            for name in ("tok_embeddings.weight", "output.weight"):
+                tensors[name] = tensors[name][:300].clone()
+            torch.save(tensors, weights)
+    return copy
+
+
+DAMAGES = (
+    "missing empty truncated html hostile hostile-pickle wrong-shapes no-tokenizer no-params foreign-tokenizer".split()
+)
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_gets_one_line(kind, cli, folder, tmp_path):
+    path = damaged(kind, folder, tmp_path)
+    before = sorted(tmp_path.iterdir())
+    one_line(*cli("--checkpoint_path", path), str(path))
+    if (path / "consolidated.00.pth").exists():
+        one_line(*cli("--checkpoint_path", path / "consolidated.00.pth"), str(path))
+    assert sorted(tmp_path.iterdir()) == before, "nothing is executed, nothing is written"
+
+
+# As a program
+
+
+def test_the_program_speaks_from_any_folder(folder, tmp_path):
+    done = program("generate", "--checkpoint-path", folder, "--max-new-tokens", 5, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("One sunny morning,")
+    assert re.fullmatch(r"\d tokens? in .* tokens/s\n", done.stderr)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["html", "hostile"])
+def test_the_program_answers_a_damaged_checkpoint(kind, folder, tmp_path):
+    checkpoint, elsewhere = tmp_path / "checkpoint", tmp_path / "cwd"
+    checkpoint.mkdir(), elsewhere.mkdir()
+    path = damaged(kind, folder, checkpoint)
+    done = program("generate", "--checkpoint_path", path, cwd=elsewhere)
+    one_line(done.returncode, done.stdout, done.stderr, str(path))
+    assert not any(elsewhere.iterdir()) and not (checkpoint / "executed").exists()
+
+
+def test_the_program_answers_an_unknown_flag():
+    done = program("generate", "--promt", "x")
+    one_line(done.returncode, done.stdout, done.stderr, "did you mean --prompt?")
+
+
+def test_ctrl_c_ends_cleanly(cli, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamabook.generate.stream", interrupt)
+    code, _, err = cli("--prompt", "The old llama")
+    assert (code, err.strip()) == (130, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE and other pipes")
+def test_a_reader_that_hangs_up_is_no_error(folder):
+    words = ["generate", "--checkpoint_path", str(folder), "--num_samples", "200", "--max_new_tokens", "50"]
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llamabook", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    assert process.stdout.read(10) == b"One sunny "
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(timeout=60) == 128 + signal.SIGPIPE
+    assert "Traceback" not in err and "BrokenPipe" not in err
+
+
+# The embedded model
+
+
+def test_the_embedded_model_is_the_default(capsys):
+    flags = ["--prompt", "One sunny morning,", "--max_new_tokens", "30", "--temperature", "0"]
+    assert main(["generate", *flags]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("One sunny morning,") and len(out.split()) > 15
+    assert "tokens/s" in err
+
+
+def test_run_tells_a_story_and_says_what_comes_next(capsys):
+    assert main(["run"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    head, story, numbers = out.split("\n\n")
+    assert "pocket-llama2" in head and "million parameters" in head
+    assert story.startswith("One sunny morning,") and story.count(".") >= 4
+    assert max(map(len, out.splitlines())) <= 100
+    assert re.match(r"pocket-llama2: \d+ tokens in \d+\.\d\d s, \d+\.\d tokens/s\nNext: ", numbers)
+    assert main(["run"]) == 0
+    assert capsys.readouterr().out.split("\n\n")[1] == story, "the shown sample does not change from run to run"
+
+
+def test_the_embedded_model_answers_a_chat(capsys):
+    assert main(["generate", "--chat", "--prompt", "What do llamas eat?", "--temperature", "0"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.strip() and "INST" not in out
