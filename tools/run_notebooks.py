@@ -51,7 +51,7 @@ class ThisPython(KernelSpecManager):
     """Whatever kernels are installed, the one that runs is the Python that runs this script."""
 
     def get_kernel_spec(self, kernel_name):
-        quiet = ["--log-level=ERROR"]  # else it warns on the terminal about its connection
+        quiet = ["--log-level=CRITICAL"]  # what matters reaches us as messages
         return self.kernel_spec_class(resource_dir=RESOURCES, **get_kernel_dict(extra_arguments=quiet))
 
 
