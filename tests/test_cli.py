@@ -239,7 +239,7 @@ def test_no_words_at_all_show_the_help(capsys):
     empty = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == empty
-    for command in ("run", "generate"):
+    for command in ("run", "generate", "train"):
         assert re.search(rf"^  {command} +\w", empty, re.MULTILINE)
 
 
@@ -249,7 +249,7 @@ def test_no_words_at_all_show_the_help(capsys):
 @pytest.mark.parametrize(
     "words, answer",
     [
-        (["chat"], ["no command 'chat'", "this version has run, generate"]),
+        (["chat"], ["no command 'chat'", "this version has run, generate, train"]),
         (["generat"], ["did you mean generate?"]),
         (["--frobnicate"], ["no flag --frobnicate"]),
         (["generate", "--frobnicate"], ["llamabook generate:", "no flag --frobnicate"]),
@@ -274,6 +274,10 @@ def test_no_words_at_all_show_the_help(capsys):
         (["generate", "--chat=yes"], ["--chat"]),
         (["generate", "Hello"], ["Hello"]),
         (["run", "Hello"], ["Hello"]),
+        (["train"], ["NAME"]),
+        (["train", "pocket-lama2"], ["pocket-lama2", "pocket-llama2"]),
+        (["train", "pocket-llama2", "--steps", "0"], ["--steps is 0"]),
+        (["train", "pocket-llama2", "--output", "--steps=3"], ["--output", "needs a value"]),
         (["generate", "--prompt", "\udcff"], ["UTF-8"]),
         (["generate", "--device", "toaster"], ["--device is 'toaster'"]),
         (["generate", "--device", "cuda:x"], ["--device is 'cuda:x'"]),
@@ -287,8 +291,8 @@ def test_a_mistake_gets_one_line(words, answer, capsys):
 
 
 def test_a_prompt_longer_than_the_context(cli):
-    one_line(*cli("--prompt", "llama " * CONTEXT), "The prompt has", f"context length is {CONTEXT}")
-    one_line(*cli("--prompt", "llama " * CONTEXT, "--chat"), "The prompt has")
+    one_line(*cli("--prompt", "llama " * CONTEXT), "the prompt has", f"context length is {CONTEXT}")
+    one_line(*cli("--prompt", "llama " * CONTEXT, "--chat"), "the prompt has")
 
 
 def test_a_prompt_that_fills_the_context_leaves_no_room(cli, folder):
@@ -297,7 +301,7 @@ def test_a_prompt_that_fills_the_context_leaves_no_room(cli, folder):
     while len(tokenizer.encode(prompt, bos=True)) < CONTEXT:
         prompt += "z"
     assert len(tokenizer.encode(prompt, bos=True)) == CONTEXT
-    one_line(*cli("--prompt", prompt), f"The prompt has {CONTEXT} tokens")
+    one_line(*cli("--prompt", prompt), f"the prompt has {CONTEXT} tokens")
     assert cli("--prompt", prompt, "--max_new_tokens", 0)[:2] == (0, prompt + "\n")
     assert cli("--prompt", prompt[:-1], "--max_new_tokens", 1)[0] == 0
 
@@ -403,6 +407,21 @@ def test_ctrl_c_ends_cleanly(cli, monkeypatch):
     assert (code, err.strip()) == (130, "")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")])
+def test_too_little_memory_gets_one_line(error, cli, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("llamabook.checkpoint.load_model", fail)
+    one_line(*cli(), "memory", "--device cpu")
+
+
+def test_a_bug_keeps_its_traceback(cli, monkeypatch):
+    monkeypatch.setattr("llamabook.checkpoint.load_model", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli()
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE and other pipes")
 def test_a_reader_that_hangs_up_is_no_error(folder):
     words = ["generate", "--checkpoint_path", str(folder), "--num_samples", "200", "--max_new_tokens", "50"]
@@ -415,6 +434,36 @@ def test_a_reader_that_hangs_up_is_no_error(folder):
     err = process.stderr.read().decode()
     assert process.wait(timeout=60) == 128 + signal.SIGPIPE
     assert "Traceback" not in err and "BrokenPipe" not in err
+
+
+# Training
+
+
+def test_train_hands_over_its_flags_and_says_what_comes_next(monkeypatch, tmp_path, capsys):
+    calls = []
+
+    def train(name, output, *, steps, resume, log):
+        calls.append((name, output, steps, resume))
+        log("step 1/1")
+        (tmp_path / "consolidated.00.pth").touch()
+        return tmp_path
+
+    monkeypatch.setattr("llamabook.pocket.train.train", train)
+    assert main(["train", "pocket-llama2"]) == 0
+    assert main(["train", "pocket-gpt", "--output", str(tmp_path), "--steps=3", "--restart"]) == 0
+    assert calls == [("pocket-llama2", None, None, True), ("pocket-gpt", tmp_path, 3, False)]
+    out, _ = capsys.readouterr()
+    assert out.splitlines()[0] == "step 1/1"
+    assert out.splitlines()[2] == f"Next: python -m llamabook generate --checkpoint_path {tmp_path}"
+
+
+def test_an_interrupted_training_says_how_to_go_on(monkeypatch, capsys):
+    def train(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamabook.pocket.train.train", train)
+    assert main(["train", "pocket-llama2"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 # The embedded model

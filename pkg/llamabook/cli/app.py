@@ -9,6 +9,7 @@ torch is imported by the commands that need it, after their flags are known to b
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -39,7 +40,7 @@ class Commands(TyperGroup):
         if args[0] not in known:
             near = difflib.get_close_matches(args[0], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"this version has {', '.join(known)}"
-            raise InputError(f"There is no command {args[0]!r}: {hint}")
+            raise InputError(f"there is no command {args[0]!r}: {hint}")
         return super().resolve_command(ctx, args)
 
 
@@ -171,6 +172,33 @@ def generate(
     )
 
 
+@app.command()
+def train(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="pocket-llama2 or pocket-gpt.")],
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="Where to write. [default: runs/NAME]",
+            callback=not_a_flag,
+            show_default=False,
+        ),
+    ] = None,
+    steps: Annotated[
+        Optional[int], typer.Option("--steps", metavar="N", help="Fewer steps than the recipe has, for a trial.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a saved state would be used.")] = False,
+) -> Action:
+    """Train an embedded model again.
+
+    It takes about half an hour on two CPU cores. A run that was stopped goes on when the command is repeated.
+    """
+    from llamabook.cli.train import learn
+
+    return partial(learn, name=name, output=output, steps=steps, restart=restart)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what `argv` (default: the program's arguments) asks for and return the exit code."""
     if hasattr(sys.stdout, "reconfigure"):
@@ -183,6 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             action()
         sys.stdout.flush()
         return action if isinstance(action, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        print(file=sys.stderr)
+        return 130
     except UsageError as error:
         return complain(usage_line(error), error.ctx.command_path if error.ctx else "llamabook")
     except LlamaBookError as error:
@@ -191,10 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes
         return 141
     except OSError as error:
-        return complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        print(file=sys.stderr)
-        return 130
+        return complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|can't allocate memory", str(error)):
+            return complain("the memory of this device is too small for this model: try a smaller one, or --device cpu")
+        raise
 
 
 def usage_line(error: Exception) -> str:

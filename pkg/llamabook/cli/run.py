@@ -14,8 +14,8 @@ def tell(*, prompt: str, seed: int) -> None:
 
     import torch
 
-    sampling = Sampling(temperature=0.8)
     speaker = Speaker(device="cpu")
+    sampling = Sampling(max_new_tokens=speaker.context_length)
     ids = speaker.encode(prompt, sampling.max_new_tokens)
     millions = sum(p.numel() for p in speaker.model.parameters()) / 1e6
     print(f"This is {POCKET}: a Llama 2 with {millions:.1f} million parameters, built and trained in this book.\n")

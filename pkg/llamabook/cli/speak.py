@@ -44,7 +44,7 @@ class Spoken:
     @property
     def speed(self) -> float:
         """Tokens per second, the reading of the prompt included."""
-        return len(self.ids) / self.seconds
+        return len(self.ids) / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
         tokens = "1 token" if len(self.ids) == 1 else f"{len(self.ids)} tokens"
@@ -67,8 +67,9 @@ class Speaker:
 
         self.device = torch.device(pick_device(device))
         path = pocket.path(POCKET) if checkpoint_path is None else checkpoint_path
+        dtype = torch.float32 if checkpoint_path is None else None  # small, and the same text on more machines
         config = load_config(path)
-        self.model = load_model(path, config=config, device=self.device)
+        self.model = load_model(path, config=config, device=self.device, dtype=dtype)
         self.tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
         if self.tokenizer.vocab_size > config["vocab_size"]:
             raise CheckpointError(
@@ -83,7 +84,7 @@ class Speaker:
         ids = self.chat.encode(prompt) if self.chat else self.tokenizer.encode(prompt, bos=True)
         if len(ids) + min(max_new_tokens, 1) > self.context_length:
             raise ContextError(
-                f"The prompt has {len(ids)} tokens and the model's context length is {self.context_length}: "
+                f"the prompt has {len(ids)} tokens and the model's context length is {self.context_length}: "
                 "shorten the prompt so that it leaves room for an answer"
             )
         return ids
@@ -148,5 +149,5 @@ def read_prompt(prompt: str) -> str:
             prompt = sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
         prompt.encode()
     except UnicodeError:
-        raise InputError("The prompt is not valid UTF-8: save or type it as UTF-8") from None
+        raise InputError("the prompt is not valid UTF-8: save or type it as UTF-8") from None
     return prompt
