@@ -1,8 +1,11 @@
-"""Llama 2 from scratch. Made by tools/export.py from ch01_gpt_to_llama2/02_converting_gpt_to_llama2.ipynb."""
+"""From the notebook ch01_gpt_to_llama2/02_converting_gpt_to_llama2.ipynb.
+
+Written by tools/export.py: edit the notebook, not this file, then run `make export`.
+"""
 
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from llamabook.errors import ConfigError, ContextError, InputError
 
@@ -10,8 +13,8 @@ from llamabook.errors import ConfigError, ContextError, InputError
 class RMSNorm(nn.Module):
     """Root-mean-square normalization over the last dimension (Zhang and Sennrich, 2019, eq. 4).
 
-    Args: emb_dim, the width D; eps, added to the mean square before the root.
-    Shape: (..., D) to (..., D), in the dtype of x and weight together; the statistics are taken in float32.
+    Args: emb_dim, the width D; eps, added to the mean square before the root; dtype of the weight.
+    Shape: (..., D) to (..., D), same dtype; the statistics are taken in float32.
     """
 
     def __init__(self, emb_dim: int, eps: float = 1e-5, dtype: torch.dtype | None = None):
@@ -19,25 +22,25 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(emb_dim, dtype=dtype))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         mean_square = x.float().pow(2).mean(dim=-1, keepdim=True)  # (..., 1)
         return (x.float() * torch.rsqrt(mean_square + self.eps)).to(x.dtype) * self.weight
 
 
 class SiLU(nn.Module):
-    """x * sigmoid(x), elementwise, in one fused pass (Elfwing et al., 2017; "Swish" in Ramachandran et al., 2017).
+    """x * sigmoid(x), elementwise (Elfwing et al., 2017), as torch's fused operator.
 
     Shape: any to the same, same dtype, rounded once.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.silu(x)
 
 
 class FeedForward(nn.Module):
-    """The SwiGLU feed-forward layer: fc3(SiLU(fc1(x)) * fc2(x)), no biases (Shazeer, 2020, eq. 6).
+    """The SwiGLU feed-forward layer, fc3(SiLU(fc1(x)) * fc2(x)), without biases (Shazeer, 2020, eq. 6).
 
-    fc1 is the gate, fc2 the value that it lets through, fc3 the way back (Meta's w1, w3, w2).
+    fc1 is the gate, fc2 the value, fc3 the way back; Meta's files call them w1, w3, w2.
     Args: cfg with emb_dim D, hidden_dim F, dtype.
     Shape: (..., D) to (..., D).
     """
@@ -49,26 +52,26 @@ class FeedForward(nn.Module):
         self.fc3 = nn.Linear(cfg["hidden_dim"], cfg["emb_dim"], bias=False, dtype=cfg["dtype"])
         self.silu = SiLU()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc3(self.silu(self.fc1(x)) * self.fc2(x))  # (..., F) inside
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(self.silu(self.fc1(x)) * self.fc2(x))  # (..., D) -> (..., F) -> (..., D)
 
 
 def rope_frequencies(
     head_dim: int, base: float = 10_000.0, device: torch.device | str | None = None
-) -> torch.Tensor:
-    """Radians per position for each pair of dimensions: base^(-2i/d) (Su et al., 2021, section 3.2.2).
+) -> Tensor:
+    """Radians per position for each pair of entries: base^(-2i/d) (Su et al., 2021, section 3.2.2).
 
-    Returns (head_dim / 2,), float32, falling from 1 towards 1 / base.
-    Raises ConfigError if head_dim is odd: a rotation needs pairs.
+    Returns (d / 2,), float32, falling from 1 towards 1 / base.
+    Raises ConfigError if head_dim d is odd: a rotation needs pairs.
     """
     if head_dim % 2:
-        raise ConfigError(f"RoPE rotates pairs of dimensions, but head_dim is {head_dim}: choose an even one")
+        raise ConfigError(f"RoPE turns pairs of entries, but head_dim is {head_dim}: choose an even one")
     exponents = torch.arange(0, head_dim, 2, device=device).float() / head_dim  # (d / 2,)
     return 1.0 / base**exponents
 
 
-def rope_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every position's angles, in the half-split layout: entries i and i + d/2 are a pair.
+def rope_tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of each position's angles, in the half-split layout: entries i and i + d/2 share one.
 
     Args: positions (...), integers; frequencies (d / 2,).
     Returns cos and sin, each (..., d), float32.
@@ -78,103 +81,94 @@ def rope_tables(positions: torch.Tensor, frequencies: torch.Tensor) -> tuple[tor
     return angles.cos(), angles.sin()
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair (x[i], x[i + d/2]) by its position's angle (Su et al., 2021, eq. 34, half-split layout).
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + d/2]) by its position's angle (Su et al., 2021, eq. 34; half-split layout).
 
     Args: x (B, H, T, d), queries or keys; cos and sin (T, d), from `rope_tables`.
     Shape: (B, H, T, d), computed in float32, returned in the dtype of x.
     """
-    first, second = x.float().chunk(2, dim=-1)  # 2 x (B, H, T, d / 2)
-    turned = torch.cat((-second, first), dim=-1)  # (B, H, T, d): each pair turned by 90 degrees
+    first, second = x.float().chunk(2, dim=-1)  # two of (B, H, T, d / 2)
+    turned = torch.cat((-second, first), dim=-1)  # (B, H, T, d), each pair turned by 90 degrees
     return (x.float() * cos + turned * sin).to(x.dtype)
 
 
-def interleaved_to_half_split(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """Reorder a query or key projection's rows from Meta's layout, pairs (2i, 2i+1), to ours, (i, i + d/2).
+def check_rows(weight: Tensor, n_heads: int) -> None:
+    """Raise InputError unless the rows of `weight` are `n_heads` heads of an even head dimension."""
+    rows = weight.shape[0]
+    if n_heads < 1 or rows == 0 or rows % (2 * n_heads):
+        raise InputError(f"{rows} rows are not {n_heads} heads of an even head dimension: check n_heads")
+
+
+def interleaved_to_half_split(weight: Tensor, n_heads: int) -> Tensor:
+    """Reorder the rows of a query or key projection from Meta's pairs (2i, 2i+1) to ours, (i, i + d/2).
 
     Args: weight (n_heads * d, ...), a matrix or a bias, any dtype; n_heads, the heads that its rows hold.
     Returns the same shape. Raises InputError if the rows are not n_heads times an even number.
     """
-    _check_rows(weight, n_heads)
+    check_rows(weight, n_heads)
     return weight.unflatten(0, (n_heads, -1, 2)).transpose(1, 2).flatten(0, 2)  # (H, d/2, 2) -> (H, 2, d/2)
 
 
-def half_split_to_interleaved(weight: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """The inverse of `interleaved_to_half_split`: from our pairs (i, i + d/2) back to Meta's (2i, 2i+1).
-
-    Args: weight (n_heads * d, ...), a matrix or a bias, any dtype; n_heads, the heads that its rows hold.
-    Returns the same shape. Raises InputError if the rows are not n_heads times an even number.
-    """
-    _check_rows(weight, n_heads)
+def half_split_to_interleaved(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of `interleaved_to_half_split`, with the same arguments and errors."""
+    check_rows(weight, n_heads)
     return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)  # (H, 2, d/2) -> (H, d/2, 2)
-
-
-def _check_rows(weight: torch.Tensor, n_heads: int) -> None:
-    if n_heads < 1 or weight.shape[0] % (2 * n_heads):
-        raise InputError(
-            f"a weight of {weight.shape[0]} rows does not hold {n_heads} heads of an even head_dim: check n_heads"
-        )
 
 
 def head_dim_of(cfg: dict) -> int:
     """The head dimension d: cfg["head_dim"] if it is given, else emb_dim / n_heads.
 
-    Raises ConfigError if neither gives a whole number.
+    Raises ConfigError if it isn't given and n_heads does not divide emb_dim.
     """
-    if cfg.get("head_dim") is None and cfg["emb_dim"] % cfg["n_heads"]:
+    if cfg.get("head_dim") is not None:
+        return cfg["head_dim"]
+    if cfg["emb_dim"] % cfg["n_heads"]:
         raise ConfigError(
-            f"emb_dim {cfg['emb_dim']} does not divide into {cfg['n_heads']} heads: change n_heads or set head_dim"
+            f"emb_dim {cfg['emb_dim']} is no multiple of n_heads {cfg['n_heads']}: change one or set head_dim"
         )
-    return cfg.get("head_dim") or cfg["emb_dim"] // cfg["n_heads"]
+    return cfg["emb_dim"] // cfg["n_heads"]
 
 
 class MultiHeadAttention(nn.Module):
-    """Causal multi-head attention with RoPE, without biases and dropout (Touvron et al., 2023, section 2.2).
+    """Causal attention in H heads with RoPE, without biases and dropout (Touvron et al., 2023, section 2.2).
 
-    Args: cfg with emb_dim D, n_heads H, n_kv_groups (= H here), dtype, and head_dim d if it is not D / H.
+    Args: cfg with emb_dim D, n_heads H, n_kv_groups (here = H), dtype, and head_dim d where it is not D / H.
+    Shape: x (B, T, D), mask (T, T), True where a query may look, cos and sin (T, d), to (B, T, D).
     Raises ConfigError if n_kv_groups differs from n_heads.
     """
 
     def __init__(self, cfg: dict):
         super().__init__()
-        if cfg["n_kv_groups"] != cfg["n_heads"]:
+        D, self.n_heads, groups, dtype = cfg["emb_dim"], cfg["n_heads"], cfg["n_kv_groups"], cfg["dtype"]
+        if groups != self.n_heads:
             raise ConfigError(
-                f"n_kv_groups is {cfg['n_kv_groups']} and n_heads {cfg['n_heads']}: MultiHeadAttention needs them"
-                " equal; use GroupedQueryAttention (chapter 2, llamabook.llama3)"
+                f"n_kv_groups {groups} differs from n_heads {self.n_heads}: that is grouped-query attention,"
+                " which chapter 2 builds (llamabook.llama3.GroupedQueryAttention)"
             )
-        self.n_heads, self.head_dim = cfg["n_heads"], head_dim_of(cfg)
-        width = self.n_heads * self.head_dim
-        self.W_query = nn.Linear(cfg["emb_dim"], width, bias=False, dtype=cfg["dtype"])
-        self.W_key = nn.Linear(cfg["emb_dim"], width, bias=False, dtype=cfg["dtype"])
-        self.W_value = nn.Linear(cfg["emb_dim"], width, bias=False, dtype=cfg["dtype"])
-        self.out_proj = nn.Linear(width, cfg["emb_dim"], bias=False, dtype=cfg["dtype"])
+        self.head_dim = head_dim_of(cfg)
+        self.W_query = nn.Linear(D, self.n_heads * self.head_dim, bias=False, dtype=dtype)
+        self.W_key = nn.Linear(D, self.n_heads * self.head_dim, bias=False, dtype=dtype)
+        self.W_value = nn.Linear(D, self.n_heads * self.head_dim, bias=False, dtype=dtype)
+        self.out_proj = nn.Linear(self.n_heads * self.head_dim, D, bias=False, dtype=dtype)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
-        """x (B, T, D); mask (T, T), True where a query may look; cos and sin (T, d). Returns (B, T, D)."""
-        queries = self.W_query(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, H, T, d)
-        keys = self.W_key(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        values = self.W_value(x).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
-        queries, keys = apply_rope(queries, cos, sin), apply_rope(keys, cos, sin)
-        context = self.attend(queries, keys, values, mask)  # (B, H, T, d)
-        return self.out_proj(context.transpose(1, 2).flatten(2))  # (B, T, D)
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        projected = self.W_query(x), self.W_key(x), self.W_value(x)  # three of (B, T, H * d)
+        Q, K, V = (p.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for p in projected)  # (B, H, T, d)
+        context = self.attend(apply_rope(Q, cos, sin), apply_rope(K, cos, sin), V, mask)
+        return self.out_proj(context.transpose(1, 2).flatten(2))  # (B, H, T, d) -> (B, T, D)
 
-    def attend(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """softmax(Q K^T / sqrt(d)) V with the softmax in float32; all but mask are (B, H, T, d)."""
-        scores = queries @ keys.transpose(2, 3) / self.head_dim**0.5  # (B, H, T, T)
-        scores = scores.masked_fill(~mask, float("-inf"))
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
-        return weights.to(values.dtype) @ values
+    def attend(self, Q: Tensor, K: Tensor, V: Tensor, mask: Tensor) -> Tensor:
+        """softmax(Q K^T / sqrt(d)) V, the softmax in float32; Q, K, V and the result are (B, H, T, d)."""
+        scores = Q @ K.transpose(2, 3) / self.head_dim**0.5  # (B, H, T, T)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        return torch.softmax(scores, dim=-1, dtype=torch.float32).to(V.dtype) @ V
 
 
 class TransformerBlock(nn.Module):
-    """One Llama block, pre-norm: x + att(norm1(x)), then x + ff(norm2(x)).
+    """Attention, then feed-forward, each fed a normalized copy; the result is added back (pre-norm).
 
-    Args: cfg; attention, a class that is built from cfg and called as `MultiHeadAttention.forward`.
-    Shape: (B, T, D) to (B, T, D).
+    Args: cfg; attention, a class built from cfg and called as `MultiHeadAttention` is.
+    Shape: x (B, T, D), mask (T, T), cos and sin (T, d), to (B, T, D).
     """
 
     def __init__(self, cfg: dict, attention: type[nn.Module] = MultiHeadAttention):
@@ -185,76 +179,65 @@ class TransformerBlock(nn.Module):
         self.norm2 = RMSNorm(cfg["emb_dim"], eps, cfg["dtype"])
         self.ff = FeedForward(cfg)
 
-    def forward(
-        self, x: torch.Tensor, mask: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: Tensor, mask: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.att(self.norm1(x), mask, cos, sin)
         return x + self.ff(self.norm2(x))
 
 
-CONFIG_KEYS = (
-    "vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "hidden_dim",
-    "n_kv_groups", "rope_base", "rope_freq", "dtype",
-)  # fmt: skip
+LLAMA2_CONFIG_7B = {
+    "vocab_size": 32_000,  # V: byte-pair tokens, SentencePiece
+    "context_length": 4096,  # the longest text it was trained on
+    "emb_dim": 4096,  # D: width of the residual stream
+    "n_heads": 32,  # H: heads of d = D / H = 128
+    "n_layers": 32,
+    "hidden_dim": 11_008,  # F: 2/3 of 4 D, rounded up to a multiple of 256
+    "n_kv_groups": 32,  # G: as many as heads, each has keys and values of its own
+    "rope_base": 10_000.0,
+    "rope_freq": None,  # no scaling of the frequencies
+    "norm_eps": 1e-5,
+    "dtype": torch.bfloat16,
+}
 
 
 class Llama2Model(nn.Module):
-    """Llama 2, from token ids to logits (Touvron et al., 2023).
+    """Llama 2, from token ids (B, T) to logits (B, T, V) in cfg["dtype"] (Touvron et al., 2023).
 
-    Args: cfg with the keys of CONFIG_KEYS, optionally head_dim, norm_eps (1e-5), tie_embeddings (False);
-    attention, the attention class of every block.
-    Raises ConfigError if a key is missing or its value can't be built.
+    Args: cfg with the keys of LLAMA2_CONFIG_7B (norm_eps may be left out: 1e-5), optionally head_dim and
+    tie_embeddings; attention, the class that each block attends with.
+    Raises ConfigError for a missing or impossible value, ContextError if T exceeds the context length.
     """
 
     def __init__(self, cfg: dict, attention: type[nn.Module] = MultiHeadAttention):
         super().__init__()
-        for key in CONFIG_KEYS:
-            if key not in cfg:
-                raise ConfigError(f"the configuration has no {key!r}: add it (LLAMA2_CONFIG_7B shows every key)")
-        self.cfg = dict(cfg)
-        self.frequencies()  # refuses what it can't follow now, not at the first forward
-        self.tok_emb = nn.Embedding(cfg["vocab_size"], cfg["emb_dim"], dtype=cfg["dtype"])
+        missing = [key for key in LLAMA2_CONFIG_7B if key not in cfg and key != "norm_eps"]
+        if missing:
+            raise ConfigError(f"the Llama configuration lacks {', '.join(missing)}: see LLAMA2_CONFIG_7B")
+        self.cfg, V, D, dtype = dict(cfg), cfg["vocab_size"], cfg["emb_dim"], cfg["dtype"]
+        self.frequencies()  # refuses now, and not at the first forward, what it can't compute
+        self.tok_emb = nn.Embedding(V, D, dtype=dtype)
         self.trf_blocks = nn.ModuleList(TransformerBlock(cfg, attention) for _ in range(cfg["n_layers"]))
-        self.final_norm = RMSNorm(cfg["emb_dim"], cfg.get("norm_eps", 1e-5), cfg["dtype"])
-        self.out_head = nn.Linear(cfg["emb_dim"], cfg["vocab_size"], bias=False, dtype=cfg["dtype"])
+        self.final_norm = RMSNorm(D, cfg.get("norm_eps", 1e-5), dtype)
+        self.out_head = nn.Linear(D, V, bias=False, dtype=dtype)
         if cfg.get("tie_embeddings", False):
             self.out_head.weight = self.tok_emb.weight
 
-    def frequencies(self, device: torch.device | str | None = None) -> torch.Tensor:
-        """The RoPE frequencies (d / 2,), float32. A model that scales them overrides this one method."""
+    def frequencies(self, device: torch.device | str | None = None) -> Tensor:
+        """The RoPE frequencies (d / 2,), float32. A model that scales them overrides this method."""
         if self.cfg["rope_freq"] is not None:
             raise ConfigError("rope_freq is set, but Llama 2 does not scale RoPE: set it to None or use Llama3Model")
         return rope_frequencies(head_dim_of(self.cfg), self.cfg["rope_base"], device)
 
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        """Token ids (B, T) to logits (B, T, V). Raises ContextError if T exceeds the context length."""
-        T = idx.shape[1]
-        if T > self.cfg["context_length"]:
-            raise ContextError(
-                f"{T} tokens do not fit the context length of {self.cfg['context_length']}: shorten the input"
-            )
-        mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()  # (T, T)
-        positions = torch.arange(T, device=idx.device)
-        cos, sin = rope_tables(positions, self.frequencies(idx.device))  # (T, d)
+    def forward(self, idx: Tensor) -> Tensor:
+        T, limit = idx.shape[1], self.cfg["context_length"]
+        if T > limit:
+            raise ContextError(f"{T} tokens, but the context length is {limit}: shorten the input")
+        mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()  # True: the query may look there
+        cos, sin = rope_tables(torch.arange(T, device=idx.device), self.frequencies(idx.device))  # (T, d)
         x = self.tok_emb(idx)  # (B, T, D)
         for block in self.trf_blocks:
             x = block(x, mask, cos, sin)
         return self.out_head(self.final_norm(x))  # (B, T, V)
 
-
-LLAMA2_CONFIG_7B = {
-    "vocab_size": 32_000,  # SentencePiece, byte-pair
-    "context_length": 4096,
-    "emb_dim": 4096,
-    "n_heads": 32,
-    "n_layers": 32,
-    "hidden_dim": 11_008,  # 2/3 of 4 * emb_dim, rounded up to a multiple of 256
-    "n_kv_groups": 32,  # = n_heads: every query head has its own key and value head
-    "rope_base": 10_000.0,
-    "rope_freq": None,  # no scaling of RoPE
-    "norm_eps": 1e-5,
-    "dtype": torch.bfloat16,
-}
 
 LLAMA2_CONFIG_13B = {
     **LLAMA2_CONFIG_7B,
@@ -270,6 +253,6 @@ LLAMA2_CONFIG_70B = {
     "emb_dim": 8192,
     "n_heads": 64,
     "n_layers": 80,
-    "hidden_dim": 28_672,  # 1.3 times 2/3 of 4 * emb_dim, rounded up to a multiple of 4096
-    "n_kv_groups": 8,  # eight query heads share a key and value head (chapter 2)
+    "hidden_dim": 28_672,  # 2/3 of 4 D, times 1.3, rounded up to a multiple of 4096
+    "n_kv_groups": 8,  # G: eight query heads share keys and values (chapter 2)
 }
