@@ -1,6 +1,7 @@
 """A wheel built from `pkg/` holds the package and its models, nothing else, and speaks far from the repository."""
 
 import email
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -46,7 +47,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     expected = {
         path.relative_to(package.parent).as_posix()
         for path in package.rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and not path.name.endswith((".pyc", ".tmp"))
+        if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(package).parts)
     }
     assert {"llamabook/llama2.py", "llamabook/cli/app.py", "llamabook/tokenizer/llama2.py"} <= expected
     with zipfile.ZipFile(wheel) as archive:
@@ -94,13 +95,14 @@ def test_the_installed_wheel_speaks_outside_the_clone(wheel, tmp_path):
 
 @pytest.mark.long
 def test_an_empty_environment_speaks(wheel, tmp_path):
-    """Installs torch's CPU build and all other needs from the network into a new environment, as a user does."""
+    """Installs torch and all other needs into a new environment, as a user does; this takes minutes and a network."""
     venv.create(tmp_path / "env", with_pip=True)
     programs = tmp_path / "env" / ("Scripts" if os.name == "nt" else "bin")
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
     options = {"cwd": tmp_path, "env": environment}
-    index = "https://download.pytorch.org/whl/cpu"
-    call(programs / "python", "-m", "pip", "install", "-q", "torch", "--index-url", index, **options)
+    torch = f"torch=={importlib.metadata.version('torch')}"  # 2.13.0+cpu, say: the build that is in use here
+    index = ["--extra-index-url", "https://download.pytorch.org/whl/cpu", "--retries", "1"]
+    call(programs / "python", "-m", "pip", "install", "-q", torch, *index, **options)
     call(programs / "python", "-m", "pip", "install", "-q", wheel, **options)
     assert call(programs / "llamabook", "--version", **options).startswith("llamabook ")
     for command in ([programs / "llamabook"], [programs / "python", "-m", "llamabook"]):
