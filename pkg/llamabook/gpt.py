@@ -126,6 +126,20 @@ GPT_CONFIG_124M = {
 }
 
 
+def init_weights(model: nn.Module, n_layers: int) -> None:
+    """Draw GPT-2's first weights in place (Radford et al., 2019, section 2.3).
+
+    Matrices are normal with standard deviation 0.02, those that write into the residual stream smaller by
+    the root of the 2 * n_layers writers; biases are 0; the norms' weights stay 1.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            writes = name.endswith(("out_proj.weight", "fc2.weight"))
+            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layers) if writes else 0.02)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
 class GPTModel(nn.Module):
     """A decoder-only transformer with GPT-2's parts (Radford et al., 2019).
 
@@ -154,24 +168,10 @@ class GPTModel(nn.Module):
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         T = idx.shape[1]
         if T > self.context_length:
-            raise ContextError(f"{T} tokens, but the model has {self.context_length} positions: shorten the input")
+            raise ContextError(f"{T} tokens, but the model has {self.context_length} positions: shorten it")
         positions = torch.arange(T, device=idx.device)
         mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()  # True: the query may look there
         x = self.drop_emb(self.tok_emb(idx) + self.pos_emb(positions))  # (B, T, D)
         for block in self.trf_blocks:
             x = block(x, mask)
         return self.out_head(self.final_norm(x))  # (B, T, V)
-
-
-def init_weights(model: nn.Module, n_layers: int) -> None:
-    """Draw GPT-2's first weights in place (Radford et al., 2019, section 2.3).
-
-    Matrices are normal with standard deviation 0.02, those that write into the residual stream smaller by
-    the root of the 2 * n_layers writers; biases are 0; the norms' weights stay 1.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
-            writes = name.endswith(("out_proj.weight", "fc2.weight"))
-            nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * n_layers) if writes else 0.02)
-        elif name.endswith("bias"):
-            nn.init.zeros_(parameter)

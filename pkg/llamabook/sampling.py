@@ -41,11 +41,10 @@ def keep_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 def next_token_probs(
     logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> torch.Tensor:
-    """Turn logits into the probabilities to draw from: temperature, then top-k, then top-p.
+    """Turn logits into probabilities: temperature (0 puts all on the largest), then top-k, then top-p.
 
-    Shape: (..., V), any float dtype, to (..., V) in float32, in which all is computed. Temperature 0 puts
-    all mass on the largest logit. Raises InputError for arguments out of range, and for logits that
-    hold NaN or +inf or nothing but -inf.
+    Shape: (..., V), any float dtype, to (..., V), float32, in which all is computed. Raises InputError for
+    arguments out of range, and for a row of logits with NaN, with +inf, or with nothing but -inf.
     """
     limits = torch.finfo(torch.float32)
     if not 0 <= temperature <= limits.max:
