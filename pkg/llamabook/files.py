@@ -1,7 +1,7 @@
 """What a file is before anyone parses it, and writing a file whole or not at all. Written by hand.
 
-Downloads go wrong in a few known ways: nothing arrives, a login page arrives, or a pointer arrives where the data
-should be. Reading a few bytes tells them apart, so that the error can say what to do.
+Downloads go wrong in a few known ways: nothing arrives, a login page arrives, or a pointer arrives where the
+data should be. The first bytes tell them apart, so that the error can say what to do.
 """
 
 import os
@@ -12,9 +12,9 @@ from typing import BinaryIO
 
 
 def why_unreadable(path: Path) -> str | None:
-    """What keeps `path` from being a data file, as a phrase with advice, or None if its first bytes are no reason."""
+    """Why `path` is no data file, as a phrase with advice, or None if its first bytes show no reason."""
     if not path.exists():
-        return "there is no such file: check the path"
+        return "does not exist: check the path"
     if path.is_dir():
         return "is a folder, not a file: name a file in it"
     try:
@@ -25,15 +25,15 @@ def why_unreadable(path: Path) -> str | None:
     if not start:
         return "is empty (0 bytes): download it again"
     if start.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, most likely a login or licence page saved by a download: log in and download it again"
+        return "is a web page, most likely a login page that a download saved: log in and download again"
     if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer of some 130 bytes, not the data: run `git lfs pull` where it was cloned"
+        return "is a Git LFS pointer, not the data that it points to: run `git lfs pull` where it was cloned"
     return None
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write to, which takes the name `path` when the block ends and vanishes if it raises."""
+    """A binary file to write, which takes the name `path` when the block ends and vanishes if it raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -32,17 +32,17 @@ def load_model(
 
 
 def find_meta(path: str | Path) -> Path:
-    """The folder of a checkpoint in Meta's format. Raises CheckpointError that says what was found instead."""
+    """The folder of a checkpoint in Meta's format. Raises CheckpointError that says what is there instead."""
     path = Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: there is no such file or folder: check the path")
+        raise CheckpointError(f"{path} does not exist: check the path")
     folder = path if path.is_dir() else path.parent
     if path.is_file() and not (path.match("consolidated.*.pth") or path.name == "params.json"):
-        raise CheckpointError(f"{path} is not named as Meta names weights: give a folder with consolidated.00.pth")
+        raise CheckpointError(f"{path} is no consolidated.00.pth: give the folder that holds one")
     names = sorted(file.name for file in folder.iterdir())
     if any(Path(name).match("consolidated.*.pth") for name in names):
         return folder
     if any(name == "config.json" or name.endswith(".safetensors") for name in names):
-        raise CheckpointError(f"{folder} is in Hugging Face's format, which chapter 2 adds: Meta's .pth files load now")
+        raise CheckpointError(f"{folder} is in Hugging Face's format, for chapter 2: give one in Meta's")
     inside = ", ".join(names[:5]) or "nothing"
-    raise CheckpointError(f"{folder} has no consolidated.00.pth (it holds {inside}): name a folder in Meta's format")
+    raise CheckpointError(f"{folder} has no consolidated.00.pth (it holds {inside}): give another folder")

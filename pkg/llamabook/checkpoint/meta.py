@@ -6,7 +6,7 @@ Written by tools/export.py: edit the notebook, not this file, then run `make exp
 import json
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from llamabook.errors import CheckpointError, ConfigError, InputError
 from llamabook.files import replacing, why_unreadable
 from llamabook.llama2 import Llama2Model, half_split_to_interleaved, interleaved_to_half_split
 
-PARTS = {  # Meta's name: our name, and the dimension that shards cut (None: each shard holds the whole)
+PARTS = {  # Meta's name: our name, and the dimension that shards cut (None: each shard has the whole)
     "attention_norm": ("norm1", None),
     "attention.wq": ("att.W_query", 0),
     "attention.wk": ("att.W_key", 0),
@@ -32,61 +32,102 @@ PARTS = {  # Meta's name: our name, and the dimension that shards cut (None: eac
 
 
 def tensor_names(n_layers: int) -> dict[str, tuple[str, int | None]]:
-    """Every tensor of Meta's format: its name there, ours, and the dimension that shards cut (None: not cut)."""
+    """Meta's name of every tensor, with our name and the dimension that shards cut (None: not cut)."""
     names = {"tok_embeddings.weight": ("tok_emb.weight", 1)}
     for layer in range(n_layers):
         for meta, (ours, dim) in PARTS.items():
             names[f"layers.{layer}.{meta}.weight"] = (f"trf_blocks.{layer}.{ours}.weight", dim)
-    names["norm.weight"] = ("final_norm.weight", None)
-    names["output.weight"] = ("out_head.weight", 0)
-    return names
+    return names | {"norm.weight": ("final_norm.weight", None), "output.weight": ("out_head.weight", 0)}
+
+
+def load_unrun(path: Path) -> object:
+    """What torch.save put into `path`, tensors mapped into memory; nothing that is not data gets loaded.
+
+    Raises CheckpointError if the file asks for code, is damaged, or is no zip archive.
+    """
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        wish = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"asks for {wish[1]}" if wish else "holds more than tensors"
+        raise CheckpointError(f"{path} {what}: unsafe, and none of it was run; find another source") from None
+    except (RuntimeError, ValueError, EOFError, OSError):
+        raise CheckpointError(f"{path} is damaged or cut off: download it again, to the end") from None
 
 
 def read_shard(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of one .pth file, mapped into memory, not read. Raises CheckpointError; never runs the file's code."""
+    """The tensors of one .pth file by name, mapped into memory. Raises CheckpointError if they are not."""
     problem = why_unreadable(path)
     if problem:
         raise CheckpointError(f"{path} {problem}")
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
-            raise CheckpointError(f"{path} is not a zip archive, as torch.save writes since 1.6: convert or download it")
-    try:
-        shard = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        wish = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"wants to run {wish[1]}" if wish else "holds more than tensors"
-        raise CheckpointError(f"{path} {what}, so it is unsafe and was not loaded: find another source") from None
-    except (RuntimeError, EOFError, ValueError, OSError):
-        raise CheckpointError(f"{path} is damaged or cut off: the download did not finish, repeat it") from None
-    if not isinstance(shard, dict) or not all(torch.is_tensor(t) and t.is_floating_point() for t in shard.values()):
-        raise CheckpointError(f"{path} is no dictionary of floating-point tensors: it is not a file of model weights")
+            raise CheckpointError(f"{path} is no zip archive, as torch.save writes: get the weights as one")
+    shard = load_unrun(path)
+    tensors = shard.values() if isinstance(shard, dict) else [None]
+    if not all(torch.is_tensor(tensor) and tensor.is_floating_point() for tensor in tensors):
+        raise CheckpointError(f"{path} is no dictionary of floating-point tensors: give a file of weights")
     return shard
 
 
 def read_shards(folder: str | Path) -> list[dict[str, torch.Tensor]]:
-    """consolidated.00.pth, .01.pth, ... of `folder`, in order, mapped into memory. Raises CheckpointError."""
+    """The tensors of consolidated.00.pth, consolidated.01.pth and so on. Raises CheckpointError."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder: name the one that holds consolidated.00.pth and params.json")
-    found = sorted(path.name for path in folder.glob("consolidated.*.pth"))
-    if not found:
+        raise CheckpointError(f"{folder} is no folder: give the one with consolidated.00.pth and params.json")
+    names = sorted(path.name for path in folder.glob("consolidated.*.pth"))
+    if not names:
         inside = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-        raise CheckpointError(f"{folder} has no consolidated.00.pth (it holds {inside}): is the download complete?")
-    for rank, name in enumerate(found):
-        if name != f"consolidated.{rank:02d}.pth":
-            raise CheckpointError(f"{folder} has {name} but no consolidated.{rank:02d}.pth: download the missing shard")
-    return [read_shard(folder / name) for name in found]
+        raise CheckpointError(f"{folder} has no consolidated.00.pth (it holds {inside}): download the weights")
+    for rank, name in enumerate(names):
+        wanted = f"consolidated.{rank:02d}.pth"
+        if name != wanted:
+            raise CheckpointError(f"{folder} has {name} but not {wanted}: download the missing shard")
+    return [read_shard(folder / name) for name in names]
+
+
+COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")  # whole numbers above 0
+
+
+def read_json(path: Path) -> dict:
+    """What params.json says, with the numbers that we use checked. Raises CheckpointError."""
+    problem = why_unreadable(path)
+    if problem:
+        raise CheckpointError(f"{path} {problem}")
+    try:
+        params = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no JSON ({error}): download it again") from None
+    for key in COUNTS[:3]:
+        if not isinstance(params, dict) or key not in params:
+            raise CheckpointError(f"{path} has no {key!r}: give the params.json that belongs to the weights")
+    for key in (*COUNTS, "norm_eps", "rope_theta"):
+        value, kinds = params.get(key, 1), (int,) if key in COUNTS else (int, float)
+        if type(value) not in kinds or not value > 0:
+            raise CheckpointError(f"{path} says {key} is {value!r}, not a number above 0: download it again")
+    return params
+
+
+def matrix(folder: str | Path, shard: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The tensor `name` of a shard. Raises CheckpointError if it is missing, empty, or no matrix."""
+    if name not in shard or shard[name].ndim != 2 or not shard[name].numel():
+        first = ", ".join(list(map(str, shard))[:2]) or "nothing"
+        raise CheckpointError(f"{folder} has no matrix {name} (but {first}): give weights in Meta's format")
+    return shard[name]
 
 
 def read_params(folder: str | Path, shards: list[dict[str, torch.Tensor]] | None = None) -> dict:
-    """The configuration of a folder in Meta's format: params.json, and from the tensors what it leaves out.
+    """The configuration of a folder in Meta's format: params.json, and the tensors where that is silent.
 
-    Meta's file has no hidden width and may have vocab_size -1. Without rope_theta the base is 10 000, without
-    max_seq_len the context is 4096, as in Llama 2. Raises CheckpointError.
+    Without rope_theta the base is 10 000, without max_seq_len the context 4096. Raises CheckpointError.
     """
     shards = read_shards(folder) if shards is None else shards
-    params = _read_json(Path(folder) / "params.json")
-    embedding, gate = (_matrix(folder, shards[0], f"{n}.weight") for n in ("tok_embeddings", "layers.0.feed_forward.w1"))
+    params = read_json(Path(folder) / "params.json")
+    embedding = matrix(folder, shards[0], "tok_embeddings.weight")  # (V, D / shards)
+    gate = matrix(folder, shards[0], "layers.0.feed_forward.w1.weight")  # (F / shards, D)
+    if params.get("vocab_size", -1) not in (-1, embedding.shape[0]):
+        what = f"vocab_size is {params['vocab_size']}, the rows of tok_embeddings.weight {embedding.shape[0]}"
+        raise CheckpointError(f"{folder}: {what}: use the params.json that belongs to the weights")
     return {
         "vocab_size": embedding.shape[0],
         "context_length": params.get("max_seq_len", 4096),
@@ -94,47 +135,16 @@ def read_params(folder: str | Path, shards: list[dict[str, torch.Tensor]] | None
         "n_heads": params["n_heads"],
         "n_layers": params["n_layers"],
         "hidden_dim": gate.shape[0] * len(shards),
-        "n_kv_groups": params.get("n_kv_heads") or params["n_heads"],
-        "rope_base": params.get("rope_theta", 10_000.0),
+        "n_kv_groups": params.get("n_kv_heads", params["n_heads"]),
+        "rope_base": float(params.get("rope_theta", 10_000.0)),
         "rope_freq": None,
         "norm_eps": params.get("norm_eps", 1e-5),
         "dtype": embedding.dtype,
     }
 
 
-NUMBERS = dict.fromkeys(("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"), (int,)) | dict.fromkeys(
-    ("norm_eps", "rope_theta"), (int, float)
-)
-
-
-def _read_json(path: Path) -> dict:
-    """The object in params.json, its numbers checked. Raises CheckpointError."""
-    problem = why_unreadable(path)
-    if problem:
-        raise CheckpointError(f"{path} {problem}")
-    try:
-        params = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}): download it again") from None
-    for key in ("dim", "n_layers", "n_heads"):
-        if not isinstance(params, dict) or key not in params:
-            raise CheckpointError(f"{path} has no {key!r}: it is not the params.json of a Llama")
-    for key, value in params.items():
-        if key in NUMBERS and not (type(value) in NUMBERS[key] and value > 0):
-            raise CheckpointError(f"{path} says {key} is {value!r}, not a number above 0: download it again")
-    return params
-
-
-def _matrix(folder: str | Path, shard: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The tensor `name` of a shard. Raises CheckpointError if it is missing or no matrix."""
-    if name not in shard or shard[name].ndim != 2:
-        first = ", ".join(list(shard)[:2]) or "nothing"
-        raise CheckpointError(f"{folder} has no matrix {name} (but {first}): it is not in Meta's format")
-    return shard[name]
-
-
 def join(where: str, parts: list[torch.Tensor], dim: int | None) -> torch.Tensor:
-    """One tensor from its parts in every shard, cut along `dim` (None: not cut, and all the same).
+    """One tensor from its parts in the shards, cut along `dim` (None: not cut, so all are the same).
 
     Raises CheckpointError, which begins with `where`, if the parts do not belong together.
     """
@@ -146,35 +156,35 @@ def join(where: str, parts: list[torch.Tensor], dim: int | None) -> torch.Tensor
     if dim is not None:
         return torch.cat(parts, dim)
     if not all(torch.equal(part, parts[0]) for part in parts[1:]):
-        raise CheckpointError(f"{where} differs between shards, which are from different models: download them again")
+        raise CheckpointError(f"{where} differs between shards, from different models: download them again")
     return parts[0]
 
 
-def check_shards(folder: Path, shards: list[dict[str, torch.Tensor]], config: dict, names: Iterable[str]) -> None:
-    """Raises CheckpointError unless all shards are there and each has the tensors `names` (rope.freqs may be, too)."""
-    width, want = _matrix(folder, shards[0], "tok_embeddings.weight").shape[1], config["emb_dim"]
-    if width * len(shards) < want and want % width == 0:
-        absent = f"consolidated.{len(shards):02d}.pth"
-        raise CheckpointError(
-            f"{folder} has {len(shards)} of {want // width} shards: {absent} is missing, download the rest"
-        )
+def check_shards(folder: Path, shards: list[dict], width: int, names: Iterable[str]) -> None:
+    """Raises CheckpointError unless all shards of a `width` are there, each with the tensors `names`.
+
+    One more tensor is accepted and ignored: rope.freqs, which we compute.
+    """
+    part = matrix(folder, shards[0], "tok_embeddings.weight").shape[1]
+    if part * len(shards) < width and width % part == 0:
+        want, absent = width // part, f"consolidated.{len(shards):02d}.pth"
+        raise CheckpointError(f"{folder} has {len(shards)} of {want} shards: {absent} is missing")
     for rank, shard in enumerate(shards):
         missing = [name for name in names if name not in shard]
         extra = [name for name in shard if name not in names and name != "rope.freqs"]
-        for kind, found in (("lacks", missing), ("has unexpected", extra)):
+        for kind, found in (("lacks", missing), ("has the unexpected", extra)):
             if found:
-                more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-                file = f"{folder}/consolidated.{rank:02d}.pth"
-                raise CheckpointError(f"{file} {kind} {found[0]}{more}: does params.json belong to this model?")
+                what = f"{kind} {found[0]}" + (f" and {len(found) - 1} more" if found[1:] else "")
+                file = folder / f"consolidated.{rank:02d}.pth"
+                raise CheckpointError(f"{file} {what}: use the params.json that belongs to the weights")
 
 
 def build_empty(folder: Path, config: dict, model_class: Callable[[dict], nn.Module]) -> nn.Module:
-    """The model of `config` on the meta device: shapes, and no memory. Raises CheckpointError if there is none."""
-    if model_class is Llama2Model and config["n_kv_groups"] != config["n_heads"]:
-        raise CheckpointError(
-            f"{folder} has {config['n_heads']} heads but {config['n_kv_groups']} key-value heads: that is"
-            " grouped-query attention, which chapter 2 adds; Llama 2 7B and 13B load now"
-        )
+    """The model of `config` on the meta device, which has shapes and no memory. Raises CheckpointError."""
+    heads, groups = config.get("n_heads"), config.get("n_kv_groups")
+    if model_class is Llama2Model and heads != groups:
+        what = f"{heads} query heads share {groups} key-value heads (grouped-query attention)"
+        raise CheckpointError(f"{folder}: {what}, which chapter 2 adds: Llama 2 7B and 13B load now")
     try:
         with torch.device("meta"):
             return model_class(config)
@@ -182,86 +192,101 @@ def build_empty(folder: Path, config: dict, model_class: Callable[[dict], nn.Mod
         raise CheckpointError(f"{folder}: {error}") from None
 
 
-def load_meta(
-    path: str | Path,
-    config: dict | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    model_class: Callable[[dict], nn.Module] = Llama2Model,
-) -> nn.Module:
-    """A model from a folder with consolidated.*.pth and params.json, as Meta publishes Llama 2.
-
-    The weights are never held twice: the files are mapped into memory, and one tensor after the other is joined,
-    permuted to the half-split layout and converted, where it needs to be.
-    Args: path, the folder; config, instead of what params.json says; dtype, None for the files' own;
-    model_class, what to build from the configuration. Raises CheckpointError.
-    """
-    folder, shards = Path(path), read_shards(path)
-    config = dict(read_params(folder, shards) if config is None else config)
-    config["dtype"] = dtype or _matrix(folder, shards[0], "tok_embeddings.weight").dtype
-    model, names = build_empty(folder, config, model_class), tensor_names(config["n_layers"])
-    check_shards(folder, shards, config, names)
-    shapes, state = {name: tensor.shape for name, tensor in model.state_dict().items()}, {}
-    for name, (ours, dim) in tqdm(names.items(), desc="loading", leave=False, disable=None):
-        weight = join(f"{folder}: {name}", [shard[name] for shard in shards], dim)
-        if weight.shape != shapes[ours]:
-            got, want = tuple(weight.shape), tuple(shapes[ours])
-            raise CheckpointError(f"{folder}: {name} is {got}, not {want}: does params.json belong to this model?")
-        if heads := rotated_heads(ours, config):
-            weight = interleaved_to_half_split(weight, heads)
-        state[ours] = weight.to(device=device, dtype=config["dtype"])
-    model.load_state_dict(state, assign=True)
-    return model.eval()
-
-
 def rotated_heads(name: str, config: dict) -> int:
-    """How many heads the rows of the tensor `name` (ours) hold if RoPE turns what it makes, else 0."""
+    """How many heads of rows the tensor `name` (ours) has if RoPE turns what comes out of it, else 0."""
     part = name.split(".")[-2]
     return {"W_query": config["n_heads"], "W_key": config["n_kv_groups"]}.get(part, 0)
 
 
-def save_meta(model: nn.Module, folder: str | Path, shards: int = 1) -> None:
-    """Write `model` as Meta would: consolidated.00.pth and so on, cut into `shards` files, and params.json.
+def our_tensors(
+    folder: Path, shards: list[dict], config: dict, shapes: dict[str, torch.Size]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name (ours) and tensor, one after the other: joined from all shards, rows in our half-split order.
 
-    All files are complete before the first takes its name, so an interrupted call leaves what was there before.
-    Raises InputError if the model can't be cut into so many shards, ConfigError if Meta's format can't hold it.
+    Raises CheckpointError if a tensor has not the shape that `shapes` has for it.
     """
-    folder, cfg, weights = Path(folder), model.cfg, model.state_dict()
-    params = to_params(cfg)
-    if shards < 1 or any(cfg[key] % shards for key in ("n_kv_groups", "hidden_dim", "vocab_size", "emb_dim")):
-        raise InputError(f"the model does not divide into {shards} shards: choose a divisor of its heads and widths")
-    with ExitStack() as files:
-        for rank in range(shards):
-            file = files.enter_context(replacing(folder / f"consolidated.{rank:02d}.pth"))
-            part = {}
-            for name, (ours, dim) in tensor_names(cfg["n_layers"]).items():
-                weight, heads = weights[ours].cpu(), rotated_heads(ours, cfg)
-                weight = half_split_to_interleaved(weight, heads) if heads else weight
-                part[name] = weight if dim is None or shards == 1 else weight.chunk(shards, dim)[rank].clone()
-            torch.save(part, file)
-        file = files.enter_context(replacing(folder / "params.json"))
-        file.write(json.dumps(params, indent=2).encode() + b"\n")
-    for path in folder.glob("consolidated.*.pth"):
-        if path.name >= f"consolidated.{shards:02d}.pth":
-            path.unlink()  # left from a model of more shards
+    for name, (ours, dim) in tqdm(tensor_names(config["n_layers"]).items(), leave=False, disable=None):
+        weight = join(f"{folder}: {name}", [shard[name] for shard in shards], dim)
+        if weight.shape != shapes[ours]:
+            what = f"{name} is {tuple(weight.shape)}, the configuration wants {tuple(shapes[ours])}"
+            raise CheckpointError(f"{folder}: {what}: use the params.json that belongs to the weights")
+        heads = rotated_heads(ours, config)
+        yield ours, interleaved_to_half_split(weight, heads) if heads else weight
+
+
+def load_meta(
+    path: str | Path, config: dict | None = None, device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None, model_class: Callable[[dict], nn.Module] = Llama2Model,
+) -> nn.Module:  # fmt: skip
+    """A model from a folder with consolidated.*.pth and params.json, as Meta publishes Llama 2.
+
+    Args: path, the folder; config, used instead of params.json; dtype, None for the files' own; model_class,
+    what is built from the configuration. The weights are never there twice: files are mapped, and a tensor
+    is copied only if it is joined, permuted, converted or moved, one after the other. Raises CheckpointError.
+    """
+    folder, shards = Path(path), read_shards(path)
+    config = dict(read_params(folder, shards) if config is None else config)
+    config["dtype"] = dtype or matrix(folder, shards[0], "tok_embeddings.weight").dtype
+    model = build_empty(folder, config, model_class)
+    check_shards(folder, shards, config["emb_dim"], tensor_names(config["n_layers"]))
+    shapes, state = {name: tensor.shape for name, tensor in model.state_dict().items()}, {}
+    for name, weight in our_tensors(folder, shards, config, shapes):
+        state[name] = weight.to(device=device, dtype=config["dtype"])
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def to_params(cfg: dict) -> dict:
-    """What Meta's params.json says of a configuration. Raises ConfigError if the format can't hold it.
+    """What params.json says of a configuration. Raises ConfigError if Meta's Llama 2 format can't hold it.
 
-    Meta's code computes the hidden width from dim: two thirds of 4 dim, times ffn_dim_multiplier, rounded up to
-    multiple_of. We look for the two numbers that give the width we have.
+    Meta's code computes the hidden width: 2/3 of 4 dim, times ffn_dim_multiplier, rounded up to multiple_of.
+    We look for numbers that give the width that we have.
     """
-    if cfg.get("head_dim", None) not in (None, cfg["emb_dim"] // cfg["n_heads"]) or cfg["rope_freq"] is not None:
-        raise ConfigError("Meta's Llama 2 format has no place for head_dim or rope_freq: leave them unset, or None")
-    width, hidden = int(2 * (4 * cfg["emb_dim"]) / 3), cfg["hidden_dim"]
+    if cfg.get("head_dim") not in (None, cfg["emb_dim"] // cfg["n_heads"]) or cfg["rope_freq"] is not None:
+        raise ConfigError("Meta's Llama 2 format has no place for head_dim and rope_freq: leave them unset")
     params = {"dim": cfg["emb_dim"], "n_layers": cfg["n_layers"], "n_heads": cfg["n_heads"]}
-    if cfg["n_kv_groups"] != cfg["n_heads"]:
-        params["n_kv_heads"] = cfg["n_kv_groups"]
-    fits = [m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if -(-width // m) * m == hidden]
-    params |= {"vocab_size": cfg["vocab_size"], "multiple_of": fits[0] if fits else 1}
-    if not fits:
+    width, hidden = int(2 * (4 * cfg["emb_dim"]) / 3), cfg["hidden_dim"]
+    fitting = [m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if (width + m - 1) // m * m == hidden]
+    params |= {"vocab_size": cfg["vocab_size"], "multiple_of": fitting[0] if fitting else 1}
+    if not fitting:
         params["ffn_dim_multiplier"] = (hidden + 0.5) / width
+    unusual = {  # Meta's names, our values, and those that need not be written
+        "n_kv_heads": (cfg["n_kv_groups"], cfg["n_heads"]),
+        "rope_theta": (cfg["rope_base"], 10_000.0),
+        "max_seq_len": (cfg["context_length"], 4096),
+    }
     params["norm_eps"] = cfg.get("norm_eps", 1e-5)
-    optional = {"rope_theta": (cfg["rope_base"], 10_000.0), "max_seq_len": (cfg["context_length"], 4096)}
-    return params | {key: value for key, (value, usual) in optional.items() if value != usual}
+    return params | {key: value for key, (value, usual) in unusual.items() if value != usual}
+
+
+def to_shard(model: nn.Module, rank: int, shards: int) -> dict[str, torch.Tensor]:
+    """The tensors of file number `rank` of `shards`, by Meta's names and in Meta's row order."""
+    cfg, weights, part = model.cfg, model.state_dict(), {}
+    for name, (ours, dim) in tensor_names(cfg["n_layers"]).items():
+        weight, heads = weights[ours].cpu(), rotated_heads(ours, cfg)
+        if heads:
+            weight = half_split_to_interleaved(weight, heads)
+        if dim is not None and shards > 1:
+            weight = weight.chunk(shards, dim)[rank].clone()  # a mere view would be saved whole
+        part[name] = weight
+    return part
+
+
+def save_meta(model: nn.Module, folder: str | Path, shards: int = 1) -> None:
+    """Write `model` as Meta would: params.json and `shards` files consolidated.00.pth and so on.
+
+    Every file is complete before the first takes its name, so an interrupted call leaves the old ones.
+    Raises InputError if `shards` does not divide the model, ConfigError if the format can't hold it.
+    """
+    folder, cfg, params = Path(folder), model.cfg, to_params(model.cfg)
+    if shards < 1 or any(cfg[key] % shards for key in ("n_kv_groups", "hidden_dim", "vocab_size", "emb_dim")):
+        raise InputError(f"{shards} shards do not divide heads, widths and vocabulary evenly: choose fewer")
+    with ExitStack() as files:
+        for rank in range(shards):
+            part = to_shard(model, rank, shards)
+            torch.save(part, files.enter_context(replacing(folder / f"consolidated.{rank:02d}.pth")))
+        text = json.dumps(params, indent=2) + "\n"
+        files.enter_context(replacing(folder / "params.json")).write(text.encode())
+    for path in folder.glob("consolidated.*.pth"):
+        if path.name >= f"consolidated.{shards:02d}.pth":
+            path.unlink()  # left over from a save with more shards

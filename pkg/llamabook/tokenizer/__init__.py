@@ -1,5 +1,6 @@
 """Tokenizers, and one function that picks the right one for a path. Written by hand."""
 
+import re
 from pathlib import Path
 
 from llamabook.errors import TokenizerError
@@ -20,7 +21,7 @@ def load_tokenizer(path: str | Path) -> Llama2Tokenizer:
             raise TokenizerError(f"{path} has no tokenizer.model (it holds {inside}): name another folder")
         path = path / "tokenizer.model"
     if path.is_file() and _is_ranks_file(path):
-        raise TokenizerError(f"{path} is a Llama 3 tokenizer (tiktoken ranks), which chapter 2 adds: Llama 2 loads now")
+        raise TokenizerError(f"{path} is Llama 3's kind (tiktoken ranks), for chapter 2: give Llama 2's")
     return Llama2Tokenizer(path)
 
 
@@ -28,4 +29,4 @@ def _is_ranks_file(path: Path) -> bool:
     """Whether the file starts as tiktoken's ranks do: base64, a space and a number on each line."""
     with path.open("rb") as file:
         token, _, rank = file.readline(256).strip().partition(b" ")
-    return rank.isdigit() and not token.strip(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
+    return rank.isdigit() and re.fullmatch(rb"[A-Za-z0-9+/]+=*", token) is not None
