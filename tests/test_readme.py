@@ -1,0 +1,72 @@
+"""The front page keeps its word: links lead somewhere, code runs, and what it says works now does."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from llamabook.cli.app import Commands, app
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROWS = [line.split("|")[1:-1] for line in README.splitlines() if line.startswith("| ") and line.count("|") == 4]
+NOW = [here for _, here, when in ROWS if when.strip() == "now"]
+
+
+def commands() -> list[str]:
+    import typer
+
+    group = typer.main.get_command(app)
+    assert isinstance(group, Commands)
+    return list(group.commands)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    headings = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in re.findall(r"^#+ (.+)$", text, re.M)}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("https://"):
+            assert (ROOT / target).exists(), target
+
+
+def test_the_code_runs(capsys):
+    (block,) = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("One sunny morning,")
+
+
+def test_make_has_the_targets_that_the_pages_name():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    pages = README + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for target in set(re.findall(r"(?:`|^)make ([a-z-]+)", pages, re.M)):
+        assert re.search(rf"^(\.PHONY:.*\b{target}\b|{target}[ :])", makefile, re.M), target
+
+
+def test_the_table_of_commands_is_complete():
+    table = README.split("| command | what it does |")[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == commands()
+
+
+def test_what_works_now_is_there():
+    """Commands and imports in the rows that say *now*."""
+    assert len(NOW) > 8
+    for here in NOW:
+        for command in re.findall(r"python -m llamabook (\w[\w-]*)", here):
+            assert command in commands(), here
+        for module, names in re.findall(r"from (llamabook[\w.]*) import ([\w, ]+)", here):
+            for name in names.split(","):
+                assert hasattr(importlib.import_module(module), name.strip()), here
+
+
+def test_each_row_says_when():
+    assert all(re.fullmatch(r"now|now, \d|\d|\d, \d|when|-+|state|coming|complete", when.strip()) for *_, when in ROWS)
+
+
+def test_no_output_block_is_empty():
+    """A block after an `output:` comment is filled from a real run."""
+    for name, block in re.findall(r"<!-- output: (.+?) -->\n```\n(.*?)```", README, re.S):
+        assert block.strip(), name
