@@ -217,7 +217,8 @@ def test_loading_never_holds_the_weights_twice(tmp_path, folder, shards):
     cfg |= dict(n_kv_groups=16, rope_base=10_000.0, rope_freq=None, dtype=torch.float32)
     with torch.device("meta"):
         model = Llama2Model(cfg)
-    save_meta(model.to_empty(device="cpu"), tmp_path / "model", shards)
+    model.to_empty(device="cpu").load_state_dict({name: torch.ones(w.shape) for name, w in model.state_dict().items()})
+    save_meta(model, tmp_path / "model", shards)
     held = 2 * sum(weight.numel() for weight in model.parameters()) / 2**20
     del model
     load_model(folder, dtype=torch.bfloat16)  # what torch imports and sets up once
