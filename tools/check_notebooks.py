@@ -34,6 +34,7 @@ READERS = {
 PRIVATE_PATH = re.compile(
     r"(?<![\w./:~<-])(?:/(?:home|Users|root|tmp|var|private|usr|opt|mnt|work|workspace|content)/\w|[A-Za-z]:\\\w)"
 )
+AVOIDED = re.compile(r"(?:\S+\s+){0,3}(?:\b(?:simply|just|obviously)\b|\w!(?![\[\w]))", re.I)
 ADDRESS = re.compile(r"\b0x[0-9a-f]{8,16}\b")
 
 
@@ -340,7 +341,7 @@ def voice(nb: Notebook) -> Iterator[str]:
     """The few words and marks that the book does without."""
     for cell in nb.markdown:
         text = prose(cell.source)
-        for match in re.finditer(r"(?:\S+\s+){0,3}\b(?:simply|just|obviously)\b|(?:\S+\s+){0,3}\w!(?![\[\w])", text, re.I):
+        for match in AVOIDED.finditer(text):
             rule = "exclaims" if match[0].endswith("!") else "says simply, just or obviously"
             yield f"{cell.here}: {rule}: `{' '.join(match[0].split())}`"
 
