@@ -21,6 +21,7 @@ Student notebooks (NN_exercises.ipynb) are never executed: tools/make_student.py
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -87,18 +88,28 @@ def find(paths: list[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def prepare(nb) -> None:
-    """Bring ids and the cells' metadata into the one form that is stored; forget all outputs and counts."""
-    nb.nbformat, nb.nbformat_minor = 4, 5
-    used = set()
-    for number, cell in enumerate(nb.cells, 1):
-        if not cell.get("id") or cell["id"] in used:
-            cell["id"] = f"cell-{number:03d}" if f"cell-{number:03d}" not in used else f"cell-{number:03d}-b"
-        used.add(cell["id"])
-        for key in UNSTABLE_METADATA:
-            cell.metadata.pop(key, None)
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
+def read(stored: str):
+    """The notebook in the one form that is stored: every cell with its own id, no outputs, no counts, no times."""
+    try:
+        raw = json.loads(stored)
+        used = {cell["id"] for cell in raw["cells"] if "id" in cell}
+        kept = set()
+        for number, cell in enumerate(raw["cells"], 1):
+            if cell.get("id", "") in kept | {""}:  # nbformat would draw a random one
+                names = [f"cell-{number:03d}", *(f"cell-{number:03d}-{again}" for again in range(2, 1000))]
+                cell["id"] = next(name for name in names if name not in used)
+            used.add(cell["id"])
+            kept.add(cell["id"])
+            for key in UNSTABLE_METADATA:
+                cell["metadata"].pop(key, None)
+            if cell["cell_type"] == "code":
+                cell.update(outputs=[], execution_count=None)
+        raw.update(nbformat=4, nbformat_minor=5)
+        nb = nbformat.reads(json.dumps(raw), as_version=4)
+        nbformat.validate(nb)
+    except (ValueError, KeyError, TypeError, nbformat.ValidationError) as error:
+        raise RunError(f"not a notebook of format 4: {str(error).splitlines()[0]}") from error
+    return nb
 
 
 def execute(nb, folder: Path, root: Path, timeout: float) -> None:
@@ -190,30 +201,30 @@ def finish(nb, root: Path) -> None:
             output.pop("transient", None)
 
 
-def without_ignored(nb) -> str:
-    """The notebook as text, the outputs of ignored cells left out."""
-    copy = nbformat.from_dict(nb)
+def without_ignored(nb) -> dict:
+    """The notebook without the outputs of ignored cells, its texts in one piece."""
+    copy = nbformat.v4.rwbase.rejoin_lines(nbformat.from_dict(nb))
     for cell in copy.cells:
         if cell.cell_type == "code" and IGNORE in tags(cell):
             cell.outputs = []
-    return nbformat.writes(copy)
+    return copy
 
 
 def run(path: Path, root: Path, *, check: bool = False, timeout: float = 600) -> str:
     """Execute one notebook and store it; a word on what happened. RunError leaves the file as it was."""
     try:
         stored = path.read_text(encoding="utf-8")
-        nb = nbformat.reads(stored, as_version=4)
-    except Exception as error:
-        raise RunError(f"not a notebook: {str(error).splitlines()[0]}") from error
-    prepare(nb)
+    except UnicodeDecodeError as error:
+        raise RunError(f"not a notebook: {error}") from error
+    nb = read(stored)
     execute(nb, path.parent, root, timeout)
     finish(nb, root)
-    text = nbformat.writes(nb) + "\n"
+    text = nbformat.writes(nb).rstrip("\n") + "\n"
     if text == stored:
         return "unchanged"
-    old = nbformat.reads(stored, as_version=4)
-    if without_ignored(nb) + "\n" == without_ignored(old) + "\n" and nbformat.writes(old) + "\n" == stored:
+    old = nbformat.from_dict(json.loads(stored))
+    canonical = json.dumps(old, ensure_ascii=False, indent=1, sort_keys=True) + "\n" == stored
+    if canonical and without_ignored(nb) == without_ignored(old):
         return "unchanged but for ignored outputs, which are kept"
     if check:
         raise RunError(f"a re-run differs{first_difference(old, nb)}; run tools/run_notebooks.py on it")
@@ -223,8 +234,9 @@ def run(path: Path, root: Path, *, check: bool = False, timeout: float = 600) ->
 
 def first_difference(old, new) -> str:
     """Where a stored notebook differs first from its re-run."""
+    old, new = without_ignored(old), without_ignored(new)
     for index, (before, after) in enumerate(zip(old.cells, new.cells)):
-        if before != after and not (IGNORE in tags(after) and {**before, "outputs": 0} == {**after, "outputs": 0}):
+        if before != after:
             return f" in {where(new, index)}"
     return " in its metadata"
 
