@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
-RESEMBLES = re.compile(r"#.*\b(BEGIN|END)\W*SOLUTIONS?\b", re.IGNORECASE)
+RESEMBLES = re.compile(r"#.*\b(BEGIN|END)[\W_]*SOLUTIONS?\b", re.IGNORECASE)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 SUFFIX = "_exercises_solutions.ipynb"
 TOO_SHORT = 10  # a line with fewer visible characters gives nothing away
