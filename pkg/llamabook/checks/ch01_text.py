@@ -43,7 +43,8 @@ def check_top_k_probs(your: Student) -> None:
         kept = (got > 0).sum(dim=-1).tolist()
         require(
             kept == [k] * 3,
-            f"with top_k = {k} exactly {k} tokens may have a probability; yours leaves {kept}.",
+            f"with top_k = {k} the number of tokens with a probability must be {k} in each row; "
+            f"yours leaves {kept}.",
         )
         require(close(got.sum(dim=-1), torch.ones(3)), "after top-k the rest must add up to 1 again.")
         for row, mine in zip(soft.tolist(), got):
@@ -95,7 +96,8 @@ def check_top_k_probs(your: Student) -> None:
 )
 def check_top_p_probs(your: Student) -> None:
     def one(probs: list[float], top_p: float) -> list[float]:
-        got = tensor(your(torch.tensor(probs), top_p), (len(probs),), torch.float32)
+        finite = "A division by 0, since nothing is left? The likeliest token always stays."
+        got = tensor(your(torch.tensor(probs), top_p), (len(probs),), torch.float32, finite=finite)
         return [round(value, 4) for value in got.tolist()]
 
     falling = [0.5, 0.25, 0.125, 0.125]
@@ -168,8 +170,8 @@ class _Script:
         step = idx.shape[1] - self.prompt
         if not 0 <= step < len(self.script[0]):
             raise Wrong(
-                f"you called the model with {idx.shape[1]} tokens a row in call {self.calls}; give it the "
-                "prompt and all that came after it, and stop in time."
+                f"you called the model with T = {idx.shape[1]} in call {self.calls}; give it the prompt and all "
+                "that came after it, and stop in time."
             )
         for row, tokens in enumerate(self.script):
             logits[row, :-1, (tokens[step] + 1) % self.vocabulary] = (
@@ -205,6 +207,10 @@ def check_generate_batch(your: Student) -> None:
 
     alone, calls = run([[1, 2, 3, 4]], [[5, 6]], 3)
     require(
+        len(alone[0]) <= 3,
+        f"max_new_tokens = 3, and yours makes {len(alone[0])} new tokens.",
+    )
+    require(
         alone == [[1, 2, 3]],
         f"one row, no end, max_new_tokens = 3: the likeliest tokens are [1, 2, 3], yours {alone[0]}. "
         "Only the last position's logits say what comes next.",
@@ -219,6 +225,12 @@ def check_generate_batch(your: Student) -> None:
     )
     alone, _ = run([[1, 2, end, 4]], [[5, end]], 3)
     require(alone == [[1, 2, end]], "a prompt whose last token is the end must still be answered.")
+    both, _ = run([[1, 2, 3], [4, 5, 6]], [[5, 6], [7, 8]], 2)
+    require(
+        both == [[1, 2], [4, 5]],
+        f"two rows without an end: want [[1, 2], [4, 5]], yours {both}. Each row has its "
+        "own likeliest token.",
+    )
     both, calls = run([[1, end, 3, 4, 5, 6], [2, 2, 2, end, 5, 6]], [[5, 6], [7, 8]], 5)
     require(
         len(both[0]) > 2,
@@ -263,12 +275,14 @@ def check_stream_text(your: Student) -> None:
     def run(pieces: list[bytes]) -> list[str]:
         steps = list(your.steps(pieces))
         for step in steps:
-            require(isinstance(step, str), f"you yield a {type(step).__name__}; yield text (str).")
+            require(
+                isinstance(step, str), f"you yield a value of type {type(step).__name__}; yield text (str)."
+            )
         return steps
 
+    plain = "".join(run([b"Ll", b"ama", b" eats"]))
     require(
-        "".join(run([b"Ll", b"ama", b" eats"])) == "Llama eats",
-        "the plain pieces Ll|ama| eats don't give 'Llama eats'.",
+        plain == "Llama eats", f"the pieces b'Ll', b'ama' and b' eats' give 'Llama eats'; yours is '{plain}'."
     )
     taken: list[int] = []
 
@@ -467,12 +481,12 @@ def check_entropy_gap(your: Student) -> None:
             isinstance(got, (tuple, list)) and len(got) == 3,
             "return three numbers: gap, standard error, share.",
         )
-        try:
-            gap, spread, share = map(float, got)
-        except (TypeError, ValueError, RuntimeError):
-            raise Wrong(
-                "gap, standard error and share are numbers, one each: take means over the texts."
-            ) from None
+        for value in got:
+            single = (
+                value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, (int, float))
+            )
+            require(single, "gap, standard error and share are one number each: take means over the texts.")
+        gap, spread, share = map(float, got)
         require(math.isfinite(gap + spread + share), "a result is NaN or infinite.")
         return gap, spread, share
 

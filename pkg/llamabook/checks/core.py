@@ -262,7 +262,7 @@ def tensor(
 def whole(value: Any, what: str = "the result") -> int:
     """`value` if it is an int."""
     present(value)
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         raise Wrong(f"{what} is the float {value}; a count is an int. Use // rather than /, or int().")
     require(
         isinstance(value, int) and not isinstance(value, bool),
