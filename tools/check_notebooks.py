@@ -34,7 +34,7 @@ READERS = {
 PRIVATE_PATH = re.compile(
     r"(?<![\w./:~<-])(?:/(?:home|Users|root|tmp|var|private|usr|opt|mnt|work|workspace|content)/\w|[A-Za-z]:\\\w)"
 )
-AVOIDED = re.compile(r"(?:\S+\s+){0,3}(?:\b(?:simply|just|obviously)\b|\w!(?![\[\w]))", re.I)
+AVOIDED = re.compile(r"(?:\S+\s+){0,3}(?:\b(?:simply|just|obviously)\b|\w+!(?![\[\w]))", re.I)
 ADDRESS = re.compile(r"\b0x[0-9a-f]{8,16}\b")
 
 
@@ -106,9 +106,10 @@ def parsed(source: str) -> ast.Module:
 
 
 def prose(source: str) -> str:
-    """Markdown without code, formulas, comments and link targets."""
+    """Markdown without code, formulas, quotations, comments and link targets."""
     text = re.sub(r"^(```|~~~).*?^\1\s*$", " ", source, flags=re.M | re.S)
     text = re.sub(r"(`+).+?\1|\$\$.+?\$\$|\$[^$\n]+\$|<!--.*?-->", " ", text, flags=re.S)
+    text = re.sub(r'"[^"\n]*"|“[^”\n]*”', " ", text)
     return re.sub(r"\]\([^)]*\)|https?://\S+|<[^>]*>", "] ", text)
 
 
@@ -131,6 +132,7 @@ def execution_counts(nb: Notebook) -> Iterator[str]:
         count = cell.raw.get("execution_count")
         if not cell.source.strip():
             yield f"{cell.here}: is empty"
+            return
         elif SKIP in cell.tags:
             if count is not None or cell.outputs:
                 yield f"{cell.here}: is tagged {SKIP} but holds a count or an output"
