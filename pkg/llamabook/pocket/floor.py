@@ -1,0 +1,89 @@
+"""The distance of a model from the floor that no model can beat, written by hand.
+
+The world reports the log-probability of each of its texts. On the same texts, document by document,
+
+    model loss + world log-probability        (nats per document)
+
+is an unbiased estimate of KL(world || model) >= 0: a mean below zero by more than its error means a wrong floor.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llamabook.pocket.world import Document
+from llamabook.tokenizer import Llama2ChatFormat, Llama2Tokenizer
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Model against world on the same texts.
+
+    gap: mean excess loss as a share of the texts' mean entropy; nats and error: the same in nats per document with
+    its standard error; loss_per_token and floor_per_token: both in nats per predicted token.
+    """
+
+    gap: float
+    nats: float
+    error: float
+    loss_per_token: float
+    floor_per_token: float
+    documents: int
+
+
+def encode_document(document: Document, tokenizer: Llama2Tokenizer) -> list[int]:
+    """The token ids of a document as the pocket models see it: BOS, text, EOS; a chat in Llama 2's chat format."""
+    if document.kind == "chat":
+        return Llama2ChatFormat(tokenizer).encode_dialog(document.turns, complete=True)
+    return tokenizer.encode(document.text, bos=True, eos=True)
+
+
+def pad(rows: list[list[int]], multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids to inputs and targets, both (B, T): targets are one ahead, and -100 where there is nothing to predict.
+
+    T is rounded up to a multiple: every new shape costs the CPU's matrix library a compilation.
+    """
+    width = -(-(max(map(len, rows)) - 1) // multiple) * multiple
+    inputs = torch.zeros(len(rows), width, dtype=torch.long)
+    targets = torch.full((len(rows), width), -100)
+    for i, row in enumerate(rows):
+        inputs[i, : len(row) - 1] = torch.tensor(row[:-1])
+        targets[i, : len(row) - 1] = torch.tensor(row[1:])
+    return inputs, targets
+
+
+@torch.no_grad()
+def losses(model: nn.Module, rows: list[list[int]], batch_size: int = 32) -> torch.Tensor:
+    """The loss of each row in nats, (rows,), float64: the sum of -log p over its predicted tokens."""
+    training = model.training
+    model.eval()
+    result = torch.zeros(len(rows), dtype=torch.float64)
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(rows), batch_size):
+        part = by_length[start : start + batch_size]
+        inputs, targets = pad([rows[i] for i in part], multiple=16)
+        logits = model(inputs).float()  # (B, T, V)
+        nats = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")  # (B, T)
+        result[part] = nats.sum(dim=1).double()
+    model.train(training)
+    return result
+
+
+def gap(model: nn.Module, tokenizer: Llama2Tokenizer, documents: list[Document]) -> Gap:
+    """Measure a model against the floor on these documents (held-out ones, or the answer means nothing)."""
+    rows = [encode_document(d, tokenizer) for d in documents]
+    entropy = torch.tensor([-d.log_prob for d in documents], dtype=torch.float64)
+    loss = losses(model, rows)
+    excess = loss - entropy
+    tokens = sum(len(row) - 1 for row in rows)
+    return Gap(
+        gap=float(excess.mean() / entropy.mean()),
+        nats=float(excess.mean()),
+        error=float(excess.std() / math.sqrt(len(documents))),
+        loss_per_token=float(loss.sum() / tokens),
+        floor_per_token=float(entropy.sum() / tokens),
+        documents=len(documents),
+    )
