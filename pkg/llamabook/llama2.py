@@ -224,7 +224,7 @@ class Llama2Model(nn.Module):
     def frequencies(self, device: torch.device | str | None = None) -> Tensor:
         """The RoPE frequencies (d / 2,), float32. A model that scales them overrides this method."""
         if self.cfg["rope_freq"] is not None:
-            raise ConfigError("rope_freq is set, but Llama 2 does not scale RoPE: set it to None or use Llama3Model")
+            raise ConfigError("rope_freq is set, but Llama 2 knows no scaling: use chapter 2's Llama3Model")
         return rope_frequencies(head_dim_of(self.cfg), self.cfg["rope_base"], device)
 
     def forward(self, idx: Tensor) -> Tensor:
