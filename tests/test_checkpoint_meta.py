@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llamabook.checkpoint import load_config, load_model
-from llamabook.checkpoint.meta import load_meta, read_params, save_meta
+from llamabook import llama2
+from llamabook.checkpoint import load_config, load_model, meta
+from llamabook.checkpoint.meta import join, load_meta, read_params, save_meta, to_params
 from llamabook.errors import CheckpointError, ConfigError, InputError
 from llamabook.llama2 import Llama2Model
 
@@ -114,16 +115,6 @@ def test_same_logits_as_transformers(tmp_path, oracle, tensors, shards):
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-def test_without_the_permutation_the_logits_are_wrong(tmp_path, oracle, tensors):
-    for name in tensors:
-        if "wq" in name or "wk" in name:
-            tensors[name] = interleave(tensors[name], 8)  # once too often
-    model = load_model(write(tmp_path / "model", tensors))
-    with torch.no_grad():
-        want, got = oracle(TOKENS).logits, model(TOKENS)
-    assert (got - want).abs().max() > 0.1 * want.abs().max()
-
-
 def test_configuration(folder):
     config = load_config(folder)
     assert config == read_params(folder) == {
@@ -175,6 +166,54 @@ def test_another_model_class(folder):
             super().__init__(cfg)
 
     assert isinstance(load_meta(folder, model_class=Recording), Recording) and seen[0]["n_heads"] == 8
+
+
+# ---------------------------------------------------------------- mutants: each known mistake must be noticed
+
+
+def swapped(one, other):
+    """PARTS with what two of Meta's names stand for exchanged."""
+    return meta.PARTS | {one: meta.PARTS[other], other: meta.PARTS[one]}
+
+
+def cut(name, dim):
+    return meta.PARTS | {name: (meta.PARTS[name][0], dim)}
+
+
+MUTANTS = {  # name: (what is patched in checkpoint/meta.py, how)
+    "not permuted": ("interleaved_to_half_split", lambda weight, heads: weight),
+    "permuted the wrong way": ("interleaved_to_half_split", llama2.half_split_to_interleaved),
+    "permuted across heads": ("interleaved_to_half_split", lambda w, heads: llama2.interleaved_to_half_split(w, 1)),
+    "only queries permuted": ("rotated_heads", lambda name, cfg: 8 if "W_query" in name else 0),
+    "values permuted, too": ("rotated_heads", lambda name, cfg: 8 if "att.W_" in name else 0),
+    "gate and value exchanged": ("PARTS", swapped("feed_forward.w1", "feed_forward.w3")),
+    "norms exchanged": ("PARTS", swapped("attention_norm", "ffn_norm")),
+    "keys and values exchanged": ("PARTS", swapped("attention.wk", "attention.wv")),
+    "wo joined by rows": ("PARTS", cut("attention.wo", 0)),
+    "wv joined by columns": ("PARTS", cut("attention.wv", 1)),
+    "only the first shard": ("join", lambda where, parts, dim: parts[0]),
+    "shards in the wrong order": ("join", lambda where, parts, dim: join(where, parts[::-1], dim)),
+    "shards averaged": ("join", lambda where, parts, dim: sum(parts) / len(parts)),
+}
+
+
+def agrees(oracle, folders):
+    """Whether all folders load to the oracle's logits."""
+    with torch.no_grad():
+        want = oracle(TOKENS).logits
+        try:
+            logits = [load_model(folder)(TOKENS) for folder in folders]
+        except CheckpointError:
+            return False
+    return all((got - want).abs().max() <= 1e-4 * want.abs().max() for got in logits)
+
+
+@pytest.mark.parametrize("name", [None, *MUTANTS])
+def test_a_wrong_loader_is_noticed(tmp_path, monkeypatch, oracle, tensors, name):
+    folders = [write(tmp_path / str(shards), tensors, shards) for shards in (1, 2)]
+    if name is not None:
+        monkeypatch.setattr(meta, *MUTANTS[name])
+    assert agrees(oracle, folders) == (name is None)
 
 
 # ---------------------------------------------------------------- memory
@@ -271,14 +310,20 @@ def metas_hidden_width(params):
     return params["multiple_of"] * ((width + params["multiple_of"] - 1) // params["multiple_of"])
 
 
-@pytest.mark.parametrize("dim, hidden", [(4096, 11008), (8192, 28672), (5120, 13824), (256, 768), (64, 100), (64, 7)])
+@pytest.mark.parametrize("dim, hidden", [(4096, 11008), (8192, 28672), (5120, 13824), (256, 768), (256, 512), (64, 7)])
 def test_params_json_gives_meta_the_same_hidden_width(dim, hidden):
-    from llamabook.checkpoint.meta import to_params
-
     cfg = dict(vocab_size=9, context_length=4096, emb_dim=dim, n_heads=2, n_layers=1, hidden_dim=hidden)
     params = to_params(cfg | dict(n_kv_groups=2, rope_base=10_000.0, rope_freq=None, dtype=torch.float32))
     assert metas_hidden_width(params) == hidden
     assert not {"rope_theta", "max_seq_len", "n_kv_heads"} & set(params)  # Meta's Llama 2 code knows no such keys
+
+
+def test_params_json_of_the_published_models():
+    small, large = to_params(llama2.LLAMA2_CONFIG_7B), to_params(llama2.LLAMA2_CONFIG_70B)
+    assert small == {
+        "dim": 4096, "n_layers": 32, "n_heads": 32, "vocab_size": 32000, "norm_eps": 1e-5, "multiple_of": 256,
+    }  # fmt: skip
+    assert (large["n_kv_heads"], large["ffn_dim_multiplier"]) == (8, 1.3)
 
 
 def test_saving_over_the_files_that_are_mapped(folder):

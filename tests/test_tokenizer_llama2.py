@@ -5,6 +5,7 @@ Meta's own file where it lies beside the repository.
 """
 
 import io
+import random
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from llamabook.errors import TokenizerError
 from llamabook.tokenizer import Llama2ChatFormat, Llama2Tokenizer, load_tokenizer
+from llamabook.tokenizer import llama2 as module
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
 REAL = DATA / "llama2" / "tokenizer.model"
@@ -164,6 +166,73 @@ def test_streams_do_not_share_their_state(small):
     bytes_of_llama = small.encode("🦙")[-4:]
     one.push(bytes_of_llama[0])
     assert two.push(small.encode("hay")[0]).strip() and one.flush() == "\ufffd" and one.flush() == ""
+
+
+def patient(waiting, last=False):
+    """Shows nothing until a run of bytes is over: nothing false, but too late."""
+    return real_take(waiting, last) if last else ""
+
+
+def hasty(waiting, last=False):
+    text = waiting.decode("utf-8", errors="replace")
+    waiting.clear()
+    return text
+
+
+def pythons(waiting, last=False):
+    """Python's decoder: one U+FFFD for several bytes that begin a character in vain."""
+    text = ""
+    while waiting and (last or len(waiting) > 3):
+        text, _ = text + waiting.decode("utf-8", errors="replace"), waiting.clear()
+    return text
+
+
+def forgetful(waiting, last=False):
+    text = real_take(waiting)
+    if last:
+        waiting.clear()
+    return text
+
+
+def always_strip(self, text):
+    self.at_start = True
+    return text
+
+
+def never_strip(self, text):
+    self.at_start = False
+    return text
+
+
+real_take = module.take_characters
+MUTANTS = {  # name: (what is patched, how)
+    "characters late": ("take_characters", patient),
+    "half characters": ("take_characters", hasty),
+    "fewer replacement characters": ("take_characters", pythons),
+    "flush forgets": ("take_characters", forgetful),
+    "every space dropped": ("Llama2Streamer._shown", always_strip),
+    "a first space after BOS kept": ("Llama2Streamer._shown", never_strip),
+}
+
+
+def streams_right(tokenizer):
+    numbers = random.Random(0)
+    for _ in range(400):
+        ids = [numbers.choice((numbers.randrange(259), numbers.randrange(tokenizer.vocab_size))) for _ in range(10)]
+        ids += numbers.choice(([], tokenizer.encode("  a 🦙 b")))
+        if "".join(stream(tokenizer, ids)) != tokenizer.pieces.decode(ids):
+            return False
+    ids = [1, *tokenizer.encode("ï 🦙 b")]
+    shown = stream(tokenizer, ids)
+    return "".join(shown) == "ï 🦙 b" and shown[[i for i, id_ in enumerate(ids) if id_ == 0x99 + 3][-1]] == "🦙"
+
+
+@pytest.mark.parametrize("name", [None, *MUTANTS])
+def test_a_wrong_streamer_is_noticed(small, monkeypatch, name):
+    if name is not None:
+        what, mutant = MUTANTS[name]
+        monkeypatch.setattr(f"llamabook.tokenizer.llama2.{what}", mutant)
+    assert streams_right(small) == (name is None)
 
 
 # ---------------------------------------------------------------- chat

@@ -70,6 +70,23 @@ def read_shard(path: Path) -> dict[str, torch.Tensor]:
     return shard
 
 
+def join(where: str, parts: list[torch.Tensor], dim: int | None) -> torch.Tensor:
+    """One tensor from its parts in the shards, cut along `dim` (None: not cut, so all are the same).
+
+    Raises CheckpointError, which begins with `where`, if the parts do not belong together.
+    """
+    if any(part.shape != parts[0].shape for part in parts):
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise CheckpointError(f"{where} has shards of {shapes}, from different models: download them again")
+    if len(parts) == 1:
+        return parts[0]
+    if dim is not None:
+        return torch.cat(parts, dim)
+    if not all(torch.equal(part, parts[0]) for part in parts[1:]):
+        raise CheckpointError(f"{where} differs between shards, from different models: download them again")
+    return parts[0]
+
+
 def read_shards(folder: str | Path) -> list[dict[str, torch.Tensor]]:
     """The tensors of consolidated.00.pth, consolidated.01.pth and so on. Raises CheckpointError."""
     folder = Path(folder)
@@ -78,12 +95,39 @@ def read_shards(folder: str | Path) -> list[dict[str, torch.Tensor]]:
     names = sorted(path.name for path in folder.glob("consolidated.*.pth"))
     if not names:
         inside = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-        raise CheckpointError(f"{folder} has no consolidated.00.pth (it holds {inside}): download the weights")
+        raise CheckpointError(f"{folder} has no consolidated.00.pth (it holds {inside}): download it")
     for rank, name in enumerate(names):
         wanted = f"consolidated.{rank:02d}.pth"
         if name != wanted:
             raise CheckpointError(f"{folder} has {name} but not {wanted}: download the missing shard")
     return [read_shard(folder / name) for name in names]
+
+
+def matrix(folder: str | Path, shard: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The tensor `name` of a shard. Raises CheckpointError if it is missing, empty, or no matrix."""
+    if name not in shard or shard[name].ndim != 2 or not shard[name].numel():
+        first = ", ".join(list(map(str, shard))[:2]) or "nothing"
+        raise CheckpointError(f"{folder} has no matrix {name} (but {first}): give weights in Meta's format")
+    return shard[name]
+
+
+def check_shards(folder: Path, shards: list[dict], width: int, names: Iterable[str]) -> None:
+    """Raises CheckpointError unless all shards of a `width` are there, each with the tensors `names`.
+
+    One more tensor is accepted and ignored: rope.freqs, which we compute.
+    """
+    part = matrix(folder, shards[0], "tok_embeddings.weight").shape[1]
+    if part * len(shards) < width and width % part == 0:
+        want, absent = width // part, f"consolidated.{len(shards):02d}.pth"
+        raise CheckpointError(f"{folder} has {len(shards)} of {want} shards: {absent} is missing")
+    for rank, shard in enumerate(shards):
+        missing = [name for name in names if name not in shard]
+        extra = [name for name in shard if name not in names and name != "rope.freqs"]
+        for kind, found in (("lacks", missing), ("has the unexpected", extra)):
+            if found:
+                what = f"{kind} {found[0]}" + (f" and {len(found) - 1} more" if found[1:] else "")
+                file = folder / f"consolidated.{rank:02d}.pth"
+                raise CheckpointError(f"{file} {what}: use the params.json that belongs to the weights")
 
 
 COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")  # whole numbers above 0
@@ -106,14 +150,6 @@ def read_json(path: Path) -> dict:
         if type(value) not in kinds or not value > 0:
             raise CheckpointError(f"{path} says {key} is {value!r}, not a number above 0: download it again")
     return params
-
-
-def matrix(folder: str | Path, shard: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    """The tensor `name` of a shard. Raises CheckpointError if it is missing, empty, or no matrix."""
-    if name not in shard or shard[name].ndim != 2 or not shard[name].numel():
-        first = ", ".join(list(map(str, shard))[:2]) or "nothing"
-        raise CheckpointError(f"{folder} has no matrix {name} (but {first}): give weights in Meta's format")
-    return shard[name]
 
 
 def read_params(folder: str | Path, shards: list[dict[str, torch.Tensor]] | None = None) -> dict:
@@ -141,42 +177,6 @@ def read_params(folder: str | Path, shards: list[dict[str, torch.Tensor]] | None
         "norm_eps": params.get("norm_eps", 1e-5),
         "dtype": embedding.dtype,
     }
-
-
-def join(where: str, parts: list[torch.Tensor], dim: int | None) -> torch.Tensor:
-    """One tensor from its parts in the shards, cut along `dim` (None: not cut, so all are the same).
-
-    Raises CheckpointError, which begins with `where`, if the parts do not belong together.
-    """
-    if any(part.shape != parts[0].shape for part in parts):
-        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
-        raise CheckpointError(f"{where} has shards of {shapes}, from different models: download them again")
-    if len(parts) == 1:
-        return parts[0]
-    if dim is not None:
-        return torch.cat(parts, dim)
-    if not all(torch.equal(part, parts[0]) for part in parts[1:]):
-        raise CheckpointError(f"{where} differs between shards, from different models: download them again")
-    return parts[0]
-
-
-def check_shards(folder: Path, shards: list[dict], width: int, names: Iterable[str]) -> None:
-    """Raises CheckpointError unless all shards of a `width` are there, each with the tensors `names`.
-
-    One more tensor is accepted and ignored: rope.freqs, which we compute.
-    """
-    part = matrix(folder, shards[0], "tok_embeddings.weight").shape[1]
-    if part * len(shards) < width and width % part == 0:
-        want, absent = width // part, f"consolidated.{len(shards):02d}.pth"
-        raise CheckpointError(f"{folder} has {len(shards)} of {want} shards: {absent} is missing")
-    for rank, shard in enumerate(shards):
-        missing = [name for name in names if name not in shard]
-        extra = [name for name in shard if name not in names and name != "rope.freqs"]
-        for kind, found in (("lacks", missing), ("has the unexpected", extra)):
-            if found:
-                what = f"{kind} {found[0]}" + (f" and {len(found) - 1} more" if found[1:] else "")
-                file = folder / f"consolidated.{rank:02d}.pth"
-                raise CheckpointError(f"{file} {what}: use the params.json that belongs to the weights")
 
 
 def build_empty(folder: Path, config: dict, model_class: Callable[[dict], nn.Module]) -> nn.Module:
@@ -236,26 +236,32 @@ def load_meta(
     return model.eval()
 
 
-def to_params(cfg: dict) -> dict:
-    """What params.json says of a configuration. Raises ConfigError if Meta's Llama 2 format can't hold it.
+def hidden_numbers(dim: int, hidden: int) -> dict[str, int | float]:
+    """A multiple_of and, if need be, an ffn_dim_multiplier from which Meta's code computes `hidden`.
 
-    Meta's code computes the hidden width: 2/3 of 4 dim, times ffn_dim_multiplier, rounded up to multiple_of.
-    We look for numbers that give the width that we have.
+    It takes 2/3 of 4 dim, times the multiplier, and rounds up to a multiple. We try short multipliers first.
     """
+    width = int(2 * (4 * dim) / 3)
+    for multiplier in (1, *(round(hidden / width, digits) for digits in range(1, 9)), (hidden + 0.5) / width):
+        for multiple in (256, 512, 1024, 2048, 4096, 128, 64, 32, 16, 8, 4, 2, 1):
+            if -(-int(multiplier * width) // multiple) * multiple == hidden:
+                numbers = {"multiple_of": multiple, "ffn_dim_multiplier": multiplier}
+                return numbers if multiplier != 1 else {"multiple_of": multiple}
+    raise ConfigError(f"no multiple_of gives a hidden width of {hidden} for dim {dim}: choose another width")
+
+
+def to_params(cfg: dict) -> dict:
+    """What params.json says of a configuration. Raises ConfigError if Meta's Llama 2 format can't hold it."""
     if cfg.get("head_dim") not in (None, cfg["emb_dim"] // cfg["n_heads"]) or cfg["rope_freq"] is not None:
         raise ConfigError("Meta's Llama 2 format has no place for head_dim and rope_freq: leave them unset")
     params = {"dim": cfg["emb_dim"], "n_layers": cfg["n_layers"], "n_heads": cfg["n_heads"]}
-    width, hidden = int(2 * (4 * cfg["emb_dim"]) / 3), cfg["hidden_dim"]
-    fitting = [m for m in (256, 128, 64, 32, 16, 8, 4, 2, 1) if (width + m - 1) // m * m == hidden]
-    params |= {"vocab_size": cfg["vocab_size"], "multiple_of": fitting[0] if fitting else 1}
-    if not fitting:
-        params["ffn_dim_multiplier"] = (hidden + 0.5) / width
+    params |= {"vocab_size": cfg["vocab_size"], "norm_eps": cfg.get("norm_eps", 1e-5)}
+    params |= hidden_numbers(cfg["emb_dim"], cfg["hidden_dim"])
     unusual = {  # Meta's names, our values, and those that need not be written
         "n_kv_heads": (cfg["n_kv_groups"], cfg["n_heads"]),
         "rope_theta": (cfg["rope_base"], 10_000.0),
         "max_seq_len": (cfg["context_length"], 4096),
     }
-    params["norm_eps"] = cfg.get("norm_eps", 1e-5)
     return params | {key: value for key, (value, usual) in unusual.items() if value != usual}
 
 
@@ -283,8 +289,9 @@ def save_meta(model: nn.Module, folder: str | Path, shards: int = 1) -> None:
         raise InputError(f"{shards} shards do not divide heads, widths and vocabulary evenly: choose fewer")
     with ExitStack() as files:
         for rank in range(shards):
-            part = to_shard(model, rank, shards)
-            torch.save(part, files.enter_context(replacing(folder / f"consolidated.{rank:02d}.pth")))
+            file = files.enter_context(replacing(folder / f"consolidated.{rank:02d}.pth"))
+            torch.save(to_shard(model, rank, shards), file)
+            file.flush()
         text = json.dumps(params, indent=2) + "\n"
         files.enter_context(replacing(folder / "params.json")).write(text.encode())
     for path in folder.glob("consolidated.*.pth"):
