@@ -234,6 +234,11 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"llamabook {llamabook.__version__}\n"
 
 
+def test_a_closed_stdout_is_no_error(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    assert main(["--version"]) == 0
+
+
 def test_no_words_at_all_show_the_help(capsys):
     assert main([]) == 0
     empty = capsys.readouterr().out

@@ -201,6 +201,8 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what `argv` (default: the program's arguments) asks for and return the exit code."""
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows ? rather than stopping
     try:
