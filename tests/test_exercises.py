@@ -3,8 +3,8 @@
 Solutions pass; untouched stubs fail with one line that names their exercise; each check rejects its mutants,
 the known wrong answers, with the hint that is meant for them.
 
-No kernel is started: the cells of the committed notebooks are executed here. A mutant is the solution with one
-mistake, made by replacing a piece of its text, so it is wrong in nothing else.
+No kernel is started: the cells of the committed notebooks are executed here. A mutant is the solution with
+one mistake, made by replacing a piece of its text, so it is wrong in nothing else.
 """
 
 import ast

@@ -59,7 +59,7 @@ def check_rms_norm(your: Student) -> None:
     wrong = int((half != want).sum())
     require(
         wrong < 40,
-        f"for bfloat16 input {wrong} of 4096 results are rounded wrongly: go to float32 first, back at the end.",
+        f"for bfloat16 input {wrong} of 4096 results are rounded wrongly: go to float32 first, then back.",
     )
 
 

@@ -170,8 +170,8 @@ class _Script:
         step = idx.shape[1] - self.prompt
         if not 0 <= step < len(self.script[0]):
             raise Wrong(
-                f"you called the model with T = {idx.shape[1]} in call {self.calls}; give it the prompt and all "
-                "that came after it, and stop in time."
+                f"you called the model with T = {idx.shape[1]} in call {self.calls}; give it the prompt and "
+                "all that came after it, and stop in time."
             )
         for row, tokens in enumerate(self.script):
             logits[row, :-1, (tokens[step] + 1) % self.vocabulary] = (

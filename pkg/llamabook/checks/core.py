@@ -327,7 +327,8 @@ class Report:
         for number, result in enumerate(self.results, start=1):
             entry = result.exercise
             points = f"{result.points} / {entry.points}"
-            rows.append((str(number), entry.title, entry.difficulty, points, result.state))
+            state = {"failed": "not yet"}.get(result.state, result.state)
+            rows.append((str(number), entry.title, entry.difficulty, points, state))
         return rows + [("", "total", "", "{} / {}".format(*self.points), "")]
 
     def __str__(self) -> str:
@@ -339,8 +340,9 @@ class Report:
 
     def _repr_html_(self) -> str:
         head, *body = [[html.escape(cell) for cell in row] for row in self._rows()]
+        left = '<td style="text-align: left">'
         lines = ["<table>", "<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
-        lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body]
+        lines += ["<tr>" + "".join(f"{left}{cell}</td>" for cell in row) + "</tr>" for row in body]
         return "\n".join([*lines, "</table>"])
 
 
