@@ -60,7 +60,7 @@ def test_probabilities_of_the_distinct_texts_sum_to_one(small):
 
 
 def test_sampling_frequencies_match_the_reported_probabilities(small):
-    drawn = [small.sample(random.Random(seed), "text") for seed in range(40_000)]
+    drawn = [small.sample(random.Random(seed), "text") for seed in range(20_000)]
     truth = {d.text: math.exp(d.log_prob) for d in small.enumerate("text")}
     for d in drawn[:500]:
         assert truth[d.text] == pytest.approx(math.exp(d.log_prob))
@@ -142,17 +142,16 @@ def test_the_same_seed_gives_the_same_text(documents):
 
 
 def test_every_text_of_the_farm_has_one_derivation(documents):
-    for d in documents[:1500]:
-        (found,) = world.GRAMMAR.parse(d.text, "document", limit=3)
-        assert found.log_prob == pytest.approx(d.log_prob, abs=1e-9)
+    """Of the first texts all, and of the others enough that every alternative of every rule was taken."""
+    untried = {(rule, i) for rule, alternatives in world.GRAMMAR.rules.items() for i in range(len(alternatives))}
+    for seed, d in enumerate(documents):
+        path = set(world.GRAMMAR.sample(random.Random(seed), "document").path)
+        if seed < 300 or path & untried:
+            untried -= path
+            (found,) = world.GRAMMAR.parse(d.text, "document", limit=3)
+            assert found.log_prob == pytest.approx(d.log_prob, abs=1e-9)
+    assert not untried
     assert world.parse(documents[0].text) == documents[0]
-
-
-def test_every_alternative_of_the_farm_is_parsed_in_one_way(documents):
-    """Rare alternatives too: each is forced once, and its texts still have one derivation."""
-    taken = {step for d in documents for step in world.GRAMMAR.sample(random.Random(d.text), "document").path}
-    every = {(rule, i) for rule, alternatives in world.GRAMMAR.rules.items() for i in range(len(alternatives))}
-    assert every - taken == set()
 
 
 def test_a_wrong_word_leaves_the_language():
@@ -207,7 +206,7 @@ def test_training_and_held_out_texts_never_meet():
     train = [d.text for d in itertools.islice(world.texts("train"), 3000)]
     held_out = [d.text for d in itertools.islice(world.texts("held_out"), 400)]
     assert not set(train) & set(held_out)
-    assert abs(len(held_out) / 400 - 1) == 0 and not any(map(world.is_held_out, train))
+    assert all(map(world.is_held_out, held_out)) and not any(map(world.is_held_out, train))
     with pytest.raises(ValueError, match="held_out"):
         next(world.texts("test"))
 

@@ -8,13 +8,15 @@ is an unbiased estimate of KL(world || model) >= 0: a mean below zero by more th
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llamabook.pocket.world import Document
+from llamabook.generate import generate
+from llamabook.pocket.world import GRAMMAR, Document
 from llamabook.tokenizer import Llama2ChatFormat, Llama2Tokenizer
 
 
@@ -87,3 +89,33 @@ def gap(model: nn.Module, tokenizer: Llama2Tokenizer, documents: list[Document])
         floor_per_token=float(entropy.sum() / tokens),
         documents=len(documents),
     )
+
+
+def sample_stories(model: nn.Module, tokenizer: Llama2Tokenizer, count: int, seed: int = 0) -> list[str]:
+    """What the model tells from BOS alone at temperature 1, until it has told `count` stories.
+
+    Texts of the other kinds are left out by what they come closest to: a chat by its tag, facts and questions because
+    they follow their rule of the grammar further than the story's. A text that follows none counts as a story.
+    """
+    return [text for text, _ in zip(_told(model, tokenizer, seed), range(count))]
+
+
+def _told(model: nn.Module, tokenizer: Llama2Tokenizer, seed: int, batch_size: int = 50) -> Iterator[str]:
+    generator = torch.Generator().manual_seed(seed)
+    begin = torch.full((batch_size, 1), tokenizer.bos_id)
+    limit = model.cfg["context_length"]
+    while True:
+        rows = generate(
+            model, begin, limit - 1, limit, temperature=1.0, eos_id=tokenizer.eos_id, generator=generator
+        )  # (batch_size, T)
+        for row in rows.tolist():
+            ids = row[1:]
+            text = tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)
+            reach = {kind: GRAMMAR.furthest(text, kind) for kind in ("story", "facts", "questions")}
+            if not text.startswith("[INST]") and reach["story"] == max(reach.values()):
+                yield text
+
+
+def share_parsed(stories: list[str]) -> float:
+    """The share of texts that the grammar derives as stories."""
+    return sum(bool(GRAMMAR.parse(text, "story", limit=1)) for text in stories) / len(stories)

@@ -50,7 +50,7 @@ class Recipe:
 
     build: Callable[[], nn.Module]
     save: Callable[[nn.Module, Path], None]
-    steps: int = 7000
+    steps: int = 5500
     documents: int = 32  # per step
     muon_lr: float = 0.02
     adam_lr: float = 5e-3
@@ -210,18 +210,21 @@ def _optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]
 
 
 def _initialize(model: nn.Module, seed: int = 1) -> nn.Module:
-    """The layers that write into the residual stream start at zero, and the head starts as a copy of the embedding.
+    """Start where attention already copies: after Trockman and Kolter (2023, "mimetic initialization").
 
-    Head and embedding are not tied; so started, attention that passes a token on unchanged already predicts it.
+    - The head starts as a copy of the embedding (they are not tied).
+    - In every head of attention, the way out is the transpose of the way in: what is attended to is passed on as it is.
+    - The feed-forward layers write nothing yet.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith(("out_proj.weight", "fc3.weight")):
-                p.zero_()
-            elif p.dim() == 2:
+            if p.dim() == 2:
                 p.normal_(0, 0.02 if "emb" in name else p.shape[1] ** -0.5, generator=generator)
         model.out_head.weight.copy_(model.tok_emb.weight)
+        for block in model.trf_blocks:
+            block.att.out_proj.weight.copy_(block.att.W_value.weight.T)
+            [layer for layer in block.ff.modules() if isinstance(layer, nn.Linear)][-1].weight.zero_()
     return model
 
 
