@@ -129,6 +129,7 @@ def execute(nb, folder: Path, root: Path, timeout: float) -> None:
             timeout=timeout,
             record_timing=False,
             store_widget_state=False,
+            coalesce_streams=True,  # a slow machine hands over one text in several pieces
             skip_cells_with_tag=SKIP,
             resources={"metadata": {"path": str(folder)}},
         )
