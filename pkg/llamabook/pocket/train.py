@@ -50,7 +50,7 @@ class Recipe:
 
     build: Callable[[], nn.Module]
     save: Callable[[nn.Module, Path], None]
-    steps: int = 5500
+    steps: int = 4800
     documents: int = 32  # per step
     muon_lr: float = 0.02
     adam_lr: float = 5e-3

@@ -134,10 +134,10 @@ STORY_RULES = {
         "It was a {weather} {time}, and {hero} walked to the {place}.",
         "{hero} lived near the {place} with {number} llamas.",
         "Once there was a {hero.child} named {hero}, who worked {place.at}.",
-        "In the {season}, {hero} came to the farm to help {place.at}.",
+        "In the {season}, {hero} came to the farm to help {place.at}.{~season}",
         "Every {time}, {hero} swept the path to the {place}.",
         "{hero} was {trait.a} {hero.child} who loved the {place}.",
-        "On a {weather} {time} in {season}, {hero} opened the door and ran to the {place}.",
+        "On a {weather} {time} in {season}, {hero} opened the door and ran to the {place}.{~season}",
         "Nobody knew the {place} better than {hero}.",
     ],
     "meeting": [
@@ -148,24 +148,24 @@ STORY_RULES = {
         "A llama stood {spot.at}, and {hero.his} heart jumped. It was {llama}.",
         "{llama}, the {color} llama, came to say hello.",
         "With {hero.him} came {llama}, the {nature} llama of the farm.",
-        "That was the day when {hero.he} found {llama}, a llama as {color} as a {weather} sky.",
+        "That was the day when {hero.he} found {llama}, a llama as {color} as a cloud.",
     ],
     "asides": ["", " <aside>", " <aside> <aside>"],
     "aside": [
-        "{llama} was {mood}.",
-        "{hero} felt {feeling} that day.",
+        "{llama} was {mood}.{~mood}",
+        "{hero} felt {feeling} that day.{~feeling}",
         "The wind blew over the {place}, but {llama} stayed close to {hero}.",
-        "\"What a {color} llama you are!\" said {hero}.",
-        "Far away they could see {sight}.",
-        "{llama} liked to {verb} when nobody looked.",
-        "{Beast.a} watched them from far away.",
-        "{hero} gave {llama} some {food}.",
-        "The air smelled of {treat}.",
-        "{hero} carried an old {tool} in {hero.his} bag.",
-        "People said that {llama} could {deed} like no other llama.",
-        "{hero} counted {count} clouds in the sky.",
-        "The {job} of the village waved at them {way}.",
-        "They walked {way}, because the road was long.",
+        "\"What a good llama you are!\" said {hero}.",
+        "From the {place} they could see {sight}.{~sight}",
+        "{llama} liked to {verb} {place.at}.{~verb}",
+        "{Beast.a} watched them from far away.{~beast}",
+        "{hero} gave {llama} some {food}.{~food}",
+        "The {place} smelled of {treat}.{~treat}",
+        "{hero} carried an old {tool} in {hero.his} bag.{~tool}",
+        "People said that {llama} could {deed} like no other llama.{~deed}",
+        "{hero} counted {count} clouds above the {place}.{~count}",
+        "The {job} waved at them {way}.{~job}{~way}",
+        "They walked {way} around the {place}.{~way}",
     ],
     "plot": [
         "<lost>", "<hungry>", "<storm>", "<market>", "<wool>", "<race>", "<visitor>", "<birth>", "<night>", "<letter>",
@@ -211,10 +211,10 @@ STORY_RULES = {
         "\"Do you want some {food}?\" asked {hero}, and {llama} shook {llama.his} head.{~food}",
     ],
     "hungry_end": [
-        "Then {llama} saw the {treat} {goal.at} and ate it all.",
-        "What {llama} wanted was {treat}. {llama.He} ate for an hour and hummed.",
-        "Only when {hero} mixed {treat} with {food} did {llama} begin to eat.",
-        "So {hero} planted {treat} {goal.at}, and from then on {llama} was never hungry again.",
+        "Then {llama} saw the {treat} {goal.at} and ate it all.{~treat}",
+        "What {llama} wanted was {treat}. {llama.He} ate for an hour and hummed.{~treat}",
+        "Only when {hero} mixed {treat} with {food} did {llama} begin to eat.{~treat}{~food}",
+        "So {hero} planted {treat} {goal.at}, and from then on {llama} was never hungry again.{~treat}",
     ],
     # -- a storm
     "storm": [
@@ -245,8 +245,8 @@ STORY_RULES = {
     # -- at the market
     "market": ["<market_go> <market_deal> <market_end>", "<market_go> <market_deal> <market_deal> <market_end>"],
     "market_go": [
-        "They wanted to sell {treat} in the town.",
-        "It was market day, and {llama} carried {count} baskets of {treat}.",
+        "They wanted to sell {treat} in the town.{~treat}",
+        "It was market day, and {llama} carried {count} baskets of {treat}.{~treat}",
         "{hero} needed a new {object} and had only {count} coins.",
         "{friend} had asked them to buy a {object} in the town.",
     ],
@@ -259,7 +259,7 @@ STORY_RULES = {
     ],
     "market_end": [
         "They came home with {number} coins and {sight} before their eyes.",
-        "At noon everything was sold, and {hero} bought {treat} for {llama}.",
+        "At noon everything was sold, and {hero} bought {treat} for {llama}.{~treat}",
         "On the way home {llama} carried nothing but {trait.a} {beast}.",
         "\"That was a good day,\" said {hero}, and shared {hero.his} {food} with {llama}.",
     ],
@@ -278,7 +278,7 @@ STORY_RULES = {
         "The {job} showed them how to weave {way}.{~job}{~way}",
     ],
     "wool_gift": [
-        "In the end there was a {hue} {product} for {friend}.",
+        "In the end there was a warm {product} for {friend}.",
         "{hero} made a {product} out of it and gave it to the {job}.",
         "The {product} was so warm that {friend} wore it until {season}.",
         "Out of the wool came {number} hats, and one of them was for {llama}.",
@@ -313,7 +313,7 @@ STORY_RULES = {
     ],
     "visit_talk": [
         "\"Can your llama {verb}?\" asked {stranger}.{~verb}",
-        "\"I have never seen such {color.a} llama,\" said {stranger}.",
+        "\"I have never seen such a llama,\" said {stranger}.",
         "{stranger} told them about {sight}.{~sight}",
         "They ate {food} together and laughed.{~food}",
         "{llama} put {llama.his} nose into the bag and found a {tool}.{~tool}",
@@ -381,7 +381,7 @@ STORY_RULES = {
     ],
     "letter_end": [
         "When {friend} read the letter, {friend.he} began to {verb}.",
-        "\"Thank you,\" said {friend}, and gave them {treat}.",
+        "\"Thank you,\" said {friend}, and gave them {treat}.{~treat}",
         "The letter said only this: \"Come to the {spot} and bring {llama}.\"",
         "{friend} wrote an answer at once, and {llama} carried it home {way}.",
     ],
@@ -443,7 +443,7 @@ STORY_RULES = {
         "{llama} ate the cake, and nobody was angry.",
         "They danced until the morning {goal.at}.",
         "The best gift was {trait.a} {beast}.",
-        "\"This was the best day of the {season},\" said {hero}.",
+        "\"This was the best day of the year,\" said {hero}.",
     ],
     # -- a song
     "song": ["<song_start> <song_learn> <song_end>", "<song_start> <song_learn> <song_learn> <song_end>"],
@@ -471,10 +471,11 @@ STORY_RULES = {
         " {hero} said good night, and {llama} closed {llama.his} eyes.",
         " And so {hero} and {llama} stayed friends for ever.",
         " \"Good llama,\" said {hero}, and {llama} hummed.",
-        " Since that day {llama} is called the {nature} llama of the {place}.",
-        " They went home {way}, and the moon was bright.",
+        " Since that day everybody {place.at} knows {llama}.",
+        " They went home {way}, and the moon shone on the {place}.",
         " {hero} wrote it all down in {hero.his} book. \"Tomorrow we will {deed},\" {hero.he} said.",
-        " {hero} still tells this story when the {season} comes.",
+        " {hero} still tells this story {place.at}.",
+        " Then the {place} was quiet again.",
     ],
 }
 
@@ -503,7 +504,7 @@ QUESTION_RULES = {
         "Question: Where does {animal.a} live? Answer: The home of the {animal} is the {animal.home}.{~animal}",
         "Question: What do people get from {animal.plural}? Answer: They get {animal.gives}.{~animal}",
         "Question: Which sound does {animal.a} make? Answer: {Animal.a} {animal.sound}.{~animal}",
-        "Question: {hero} has {trait.a} {animal}. What does it eat? Answer: The {trait} {animal} of {hero} eats "
+        "Question: {hero} has {trait.a} {animal}. What does it eat? Answer: The {animal} of {hero} eats "
         "{animal.eats}.{~hero}{~trait}{~animal}",
         "Question: {llama} is {place.at} and {object.a} is {spot.at}. Where is the {object}? Answer: The {object} is "
         "{spot.at}.{~llama}{~place}{~object}{~spot}",
