@@ -10,6 +10,7 @@ is an unbiased estimate of KL(world || model) >= 0: a mean below zero by more th
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch import nn
 from llamabook.generate import generate
 from llamabook.pocket.world import GRAMMAR, Document
 from llamabook.tokenizer import Llama2ChatFormat, Llama2Tokenizer
+
+LONGEST = 200  # tokens; the longest story of the world needs fewer
 
 
 @dataclass(frozen=True)
@@ -95,18 +98,20 @@ def sample_stories(model: nn.Module, tokenizer: Llama2Tokenizer, count: int, see
     """What the model tells from BOS alone at temperature 1, until it has told `count` stories.
 
     Texts of the other kinds are left out by what they come closest to: a chat by its tag, facts and questions because
-    they follow their rule of the grammar further than the story's. A text that follows none counts as a story.
+    they follow their rule of the grammar further than the story's. A text that follows none counts as a story, and
+    so does one that is still going on after LONGEST tokens.
     """
-    return [text for text, _ in zip(_told(model, tokenizer, seed), range(count))]
+    told = _told(model, tokenizer, torch.Generator().manual_seed(seed), batch_size=min(50, 2 * count))
+    return list(islice(told, count))
 
 
-def _told(model: nn.Module, tokenizer: Llama2Tokenizer, seed: int, batch_size: int = 50) -> Iterator[str]:
-    generator = torch.Generator().manual_seed(seed)
+def _told(
+    model: nn.Module, tokenizer: Llama2Tokenizer, generator: torch.Generator, batch_size: int
+) -> Iterator[str]:
     begin = torch.full((batch_size, 1), tokenizer.bos_id)
-    limit = model.cfg["context_length"]
     while True:
         rows = generate(
-            model, begin, limit - 1, limit, temperature=1.0, eos_id=tokenizer.eos_id, generator=generator
+            model, begin, LONGEST, LONGEST, temperature=1.0, eos_id=tokenizer.eos_id, generator=generator
         )  # (batch_size, T)
         for row in rows.tolist():
             ids = row[1:]
