@@ -25,7 +25,7 @@ from llamabook.checkpoint.meta import save_meta
 from llamabook.errors import InputError
 from llamabook.files import replacing
 from llamabook.gpt import GPTModel
-from llamabook.llama2 import Llama2Model
+from llamabook.llama2 import Llama2Model, rope_frequencies
 from llamabook.pocket import world
 from llamabook.pocket.floor import encode_document, gap, pad
 from llamabook.tokenizer import Llama2Tokenizer
@@ -214,6 +214,7 @@ def _initialize(model: nn.Module, seed: int = 1) -> nn.Module:
 
     - The head starts as a copy of the embedding (they are not tied).
     - In every head of attention, the way out is the transpose of the way in: what is attended to is passed on as it is.
+    - In a Llama, half of the heads see only the slow pairs of RoPE, so they can look for a name at any distance.
     - The feed-forward layers write nothing yet.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -225,7 +226,24 @@ def _initialize(model: nn.Module, seed: int = 1) -> nn.Module:
         for block in model.trf_blocks:
             block.att.out_proj.weight.copy_(block.att.W_value.weight.T)
             [layer for layer in block.ff.modules() if isinstance(layer, nn.Linear)][-1].weight.zero_()
+            if isinstance(model, Llama2Model):
+                _blind_to_distance(block.att)
     return model
+
+
+def _blind_to_distance(attention: nn.Module) -> None:
+    """Zero the queries and keys of every other head in the pairs that turn by a right angle within the context.
+
+    Queries and keys that are both zero get no gradient, so these heads stay as they start. Learned positions leave a
+    GPT free to do the same; without this, the Llama learns to repeat names and places much later than the GPT.
+    """
+    d = attention.head_dim
+    fast = rope_frequencies(d) * CONTEXT_LENGTH > torch.pi / 2  # (d / 2,)
+    for layer in (attention.W_query, attention.W_key):
+        heads = layer.weight.view(-1, 2, d // 2, layer.in_features)  # (H, halves, pairs, D)
+        heads[::2, :, fast] = 0
+
+
 
 
 # ---- start, state and result --------------------------------------------------------------------------------------
