@@ -62,10 +62,10 @@ def good() -> dict:
         markdown(OPENING),
         code("import torch\n1 + 1", count=1, outputs=[result("2", 1)]),
         markdown("What is `x!` before the run? In math, $n!$.\n\n![a llama](https://example.org/x.png)"),
-        code("open('7B')", tags=["nbval-skip"]),
-        code("show(figure)", count=2, outputs=[PICTURE]),
-        code("print(';')  # a semicolon; inside", count=3, outputs=[printed("a/b/home/x 0x1f\n")]),
-        code("raise ValueError('no')", tags=["raises-exception"], count=4, outputs=[ERROR]),
+        code("open('7B')", tags=["nbval-skip"], count=2),
+        code("show(figure)", count=3, outputs=[PICTURE]),
+        code("print(';')  # a semicolon; inside", count=4, outputs=[printed("a/b/home/x 0x1f\n")]),
+        code("raise ValueError('no')", tags=["raises-exception"], count=5, outputs=[ERROR]),
         markdown(CLOSING),
     )
 
@@ -104,11 +104,11 @@ LONG = "\n".join(f"x{n} = {n}" for n in range(26))
 CLASS = "class A:\n" + "\n".join(f"    x{n} = {n}" for n in range(40))
 BROKEN = [
     ("execution_counts", changed(good, 2, execution_count=None), "count None instead of 1"),
-    ("execution_counts", changed(good, 5, execution_count=3), "count 3 instead of 2"),
+    ("execution_counts", changed(good, 5, execution_count=4), "count 4 instead of 3"),
     ("execution_counts", changed(good, 2, execution_count=2), "count 2 instead of 1"),
     ("execution_counts", changed(good, 2, outputs=[result("2", 9)]), "its result {9}"),
     ("execution_counts", changed(good, 2, source=" \n"), "is empty"),
-    ("execution_counts", changed(good, 4, execution_count=2), "tagged nbval-skip but holds"),
+    ("execution_counts", changed(good, 4, execution_count=None), "count None instead of 2"),
     ("execution_counts", changed(good, 4, outputs=[printed("x")]), "tagged nbval-skip but holds"),
     ("no_stderr", changed(good, 2, outputs=[printed("a warning", "stderr")]), "a warning"),
     ("no_svg", changed(good, 2, outputs=[{**PICTURE, "data": {"image/svg+xml": "<svg/>"}}]), "cell 2"),

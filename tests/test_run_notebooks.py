@@ -58,7 +58,7 @@ def outputs(path: Path) -> list[list[dict]]:
 def test_what_is_stored(page):
     raw = json.loads(page.read_text())
     cells = [cell for cell in raw["cells"] if cell["cell_type"] == "code"]
-    assert [cell["execution_count"] for cell in cells] == [1, None, 2, 3, 4, 5, 6]
+    assert [cell["execution_count"] for cell in cells] == [1, 2, 3, 4, 5, 6, 7]
     result, skipped, timing, image, error, streams, own = outputs(page)
     assert result[0]["data"]["text/plain"] == ["2"] and result[0]["execution_count"] == 1
     assert skipped == [] and len(timing) == 1

@@ -7,8 +7,8 @@
 What a run does:
 
 - It starts a fresh kernel of this Python in the notebook's folder and keeps no timing, version or widget state.
-- A cell tagged `nbval-skip` isn't executed: it is stored without output and without a count. The executed
-  cells count 1..n.
+- A cell tagged `nbval-skip` isn't executed: it is stored without output. All code cells are numbered 1..n in
+  their order, the skipped ones too, so the number of a cell is its place on the page.
 - A cell tagged `nbval-ignore-output` is executed and stored. If nothing else has changed, the file keeps
   the output it has, so that a re-run leaves no difference in git.
 - The traceback of a cell tagged `raises-exception` is stored without colours, with paths that start at the
@@ -181,9 +181,13 @@ def output_texts(output) -> list[str]:
 def finish(nb, root: Path) -> None:
     """Make what a run has left the same on every run; RunError for what may not be stored."""
     nb.metadata = nbformat.from_dict({"kernelspec": KERNELSPEC, "language_info": LANGUAGE})
+    number = 0
     for index, cell in enumerate(nb.cells):
         if cell.cell_type != "code":
             continue
+        number += 1
+        for numbered in (cell, *(output for output in cell.outputs if output.output_type == "execute_result")):
+            numbered.execution_count = number
         errors = [output for output in cell.outputs if output.output_type == "error"]
         for output in errors:
             output.traceback = [normalize_text(line, root) for line in output.traceback]
