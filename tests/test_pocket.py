@@ -144,20 +144,21 @@ def recipe(tmp_path, monkeypatch):
 
 
 def test_a_killed_training_goes_on_as_if_nothing_had_happened(recipe, monkeypatch):
-    whole = recipe("whole", steps=6)
+    """Killed while the learning rates fall, when the saved optimizers hold other rates than the recipe."""
+    whole = recipe("whole", steps=9)
     real, seen = train._step, []
 
     def killed(*arguments):
-        if len(seen) == 5:
+        if len(seen) == 8:
             raise KeyboardInterrupt
         seen.append(1)
         return real(*arguments)
 
     monkeypatch.setattr(train, "_step", killed)
     with pytest.raises(KeyboardInterrupt):
-        recipe("killed", steps=6)
+        recipe("killed", steps=9)
     monkeypatch.setattr(train, "_step", real)
-    resumed = recipe("killed", steps=6)
+    resumed = recipe("killed", steps=9)
     first, second = (torch.load(f / "consolidated.00.pth", weights_only=True) for f in (whole, resumed))
     assert all(torch.equal(first[name], second[name]) for name in first)
     logs = [json.loads((f / "training_log.json").read_text()) for f in (whole, resumed)]
