@@ -30,7 +30,7 @@ from llamabook.pocket import world
 from llamabook.pocket.floor import encode_document, gap, pad
 from llamabook.tokenizer import Llama2Tokenizer
 
-VOCAB_SIZE = 1280
+VOCAB_SIZE = 1536
 CONTEXT_LENGTH = 256
 
 LLAMA2_CONFIG = {
@@ -50,7 +50,7 @@ class Recipe:
 
     build: Callable[[], nn.Module]
     save: Callable[[nn.Module, Path], None]
-    steps: int = 4800
+    steps: int = 7000
     documents: int = 32  # per step
     muon_lr: float = 0.02
     adam_lr: float = 5e-3
