@@ -202,15 +202,13 @@ LLAMA2_CONFIG_7B = {
 class Llama2Model(nn.Module):
     """Llama 2, from token ids (B, T) to logits (B, T, V) in cfg["dtype"] (Touvron et al., 2023).
 
-    Args: cfg with the keys of LLAMA2_CONFIG_7B (norm_eps may be left out: 1e-5), optionally head_dim and
-    tie_embeddings; attention, the class that each block attends with.
+    Args: cfg as LLAMA2_CONFIG_7B, perhaps with head_dim and tie_embeddings; attention, of each block.
     Raises ConfigError for a missing or impossible value, ContextError if T exceeds the context length.
     """
 
     def __init__(self, cfg: dict, attention: type[nn.Module] = MultiHeadAttention):
         super().__init__()
-        missing = [key for key in LLAMA2_CONFIG_7B if key not in cfg and key != "norm_eps"]
-        if missing:
+        if missing := [key for key in LLAMA2_CONFIG_7B if key not in cfg and key != "norm_eps"]:
             raise ConfigError(f"the Llama configuration lacks {', '.join(missing)}: see LLAMA2_CONFIG_7B")
         self.cfg, V, D, dtype = dict(cfg), cfg["vocab_size"], cfg["emb_dim"], cfg["dtype"]
         self.frequencies()  # refuses now, and not at the first forward, what it can't compute
@@ -222,16 +220,20 @@ class Llama2Model(nn.Module):
             self.out_head.weight = self.tok_emb.weight
 
     def frequencies(self, device: torch.device | str | None = None) -> Tensor:
-        """The RoPE frequencies (d / 2,), float32. A model that scales them overrides this method."""
+        """The RoPE frequencies (d / 2,), float32. A model that scales them overrides this."""
         if self.cfg["rope_freq"] is not None:
             raise ConfigError("rope_freq is set, but Llama 2 knows no scaling: use chapter 2's Llama3Model")
         return rope_frequencies(head_dim_of(self.cfg), self.cfg["rope_base"], device)
+
+    def mask(self, T: int, device: torch.device) -> Tensor | None:
+        """(T, T), True where a query may look. A model whose attention needs no mask overrides this."""
+        return torch.ones(T, T, dtype=torch.bool, device=device).tril()
 
     def forward(self, idx: Tensor) -> Tensor:
         T, limit = idx.shape[1], self.cfg["context_length"]
         if T > limit:
             raise ContextError(f"{T} tokens, but the context length is {limit}: shorten the input")
-        mask = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()  # True: the query may look there
+        mask = self.mask(T, idx.device)
         cos, sin = rope_tables(torch.arange(T, device=idx.device), self.frequencies(idx.device))  # (T, d)
         x = self.tok_emb(idx)  # (B, T, D)
         for block in self.trf_blocks:
