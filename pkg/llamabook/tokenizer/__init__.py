@@ -1,32 +1,50 @@
-"""Tokenizers, and one function that picks the right one for a path. Written by hand."""
+"""Tokenizers, and the functions that pick the right one and the right chat format. Written by hand."""
 
 import re
 from pathlib import Path
 
 from llamabook.errors import TokenizerError
+from llamabook.tokenizer.chat import ChatFormat, clean_text
 from llamabook.tokenizer.llama2 import Llama2ChatFormat, Llama2Tokenizer
+from llamabook.tokenizer.llama3 import Llama3Tokenizer
 
-__all__ = ["Llama2ChatFormat", "Llama2Tokenizer", "load_tokenizer"]
+__all__ = [
+    "ChatFormat",
+    "Llama2ChatFormat",
+    "Llama2Tokenizer",
+    "Llama3Tokenizer",
+    "chat_format",
+    "clean_text",
+    "load_tokenizer",
+]
 
 
-def load_tokenizer(path: str | Path) -> Llama2Tokenizer:
-    """The tokenizer in `path`, a tokenizer.model or the folder that holds one.
+def load_tokenizer(path: str | Path) -> Llama2Tokenizer | Llama3Tokenizer:
+    """The tokenizer in `path`: a tokenizer.model of Llama 2 or 3, a tokenizer.json of Llama 3, or the folder of one.
 
-    Raises TokenizerError if there is none, or if it is of a kind that the book has not reached.
+    A folder's tokenizer.model comes first. Which kind a file is, its first bytes say and not its name.
+    Raises TokenizerError if there is none.
     """
     path = Path(path)
     if path.is_dir():
-        if not (path / "tokenizer.model").exists():
+        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()]
+        if not found:
             inside = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
-            raise TokenizerError(f"{path} has no tokenizer.model (it holds {inside}): name another folder")
-        path = path / "tokenizer.model"
-    if path.is_file() and _is_ranks_file(path):
-        raise TokenizerError(f"{path} is Llama 3's kind (tiktoken ranks), for chapter 2: give Llama 2's")
-    return Llama2Tokenizer(path)
+            raise TokenizerError(
+                f"{path} has no tokenizer.model and no tokenizer.json (it holds {inside}): name another folder"
+            )
+        path = found[0]
+    return Llama3Tokenizer(path) if path.is_file() and _is_llama3s(path) else Llama2Tokenizer(path)
 
 
-def _is_ranks_file(path: Path) -> bool:
-    """Whether the file starts as tiktoken's ranks do: base64, a space and a number on each line."""
+def chat_format(tokenizer: Llama2Tokenizer | Llama3Tokenizer) -> Llama2ChatFormat | ChatFormat:
+    """The chat format that goes with a tokenizer."""
+    return ChatFormat(tokenizer) if isinstance(tokenizer, Llama3Tokenizer) else Llama2ChatFormat(tokenizer)
+
+
+def _is_llama3s(path: Path) -> bool:
+    """Whether the file starts as JSON does, or as tiktoken's ranks do: base64, a space and a number on a line."""
     with path.open("rb") as file:
-        token, _, rank = file.readline(256).strip().partition(b" ")
-    return rank.isdigit() and re.fullmatch(rb"[A-Za-z0-9+/]+=*", token) is not None
+        line = file.readline(256).lstrip(b"\xef\xbb\xbf \t").strip()
+    token, _, rank = line.partition(b" ")
+    return line[:1] == b"{" or rank.isdigit() and re.fullmatch(rb"[A-Za-z0-9+/]+=*", token) is not None
