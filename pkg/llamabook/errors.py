@@ -27,3 +27,7 @@ class ContextError(LlamaBookError):
 
 class InputError(LlamaBookError):
     """An argument is outside what the function accepts."""
+
+
+class DownloadError(LlamaBookError):
+    """A file can't be fetched: no access, no connection, no room, or not the bytes that it should be."""
