@@ -28,8 +28,8 @@ IMAGES = ("image/png", "image/jpeg", "image/gif")
 UNSTABLE_METADATA = ("ExecuteTime", "collapsed", "execution", "pycharm", "scrolled", "trusted", "vscode")
 # What a reader has after `make lab`: pkg/pyproject.toml's dependencies and its extra [book], and what they bring.
 READERS = {
-    "IPython", "llamabook", "matplotlib", "numpy", "safetensors", "sentencepiece", "tokenizers", "torch", "tqdm",
-    "transformers", "typer",
+    "IPython", "llamabook", "matplotlib", "numpy", "regex", "safetensors", "sentencepiece", "tiktoken", "tokenizers",
+    "torch", "tqdm", "transformers", "typer",
 }  # fmt: skip
 PRIVATE_PATH = re.compile(
     r"(?<![\w./:~<-])(?:/(?:home|Users|root|tmp|var|private|usr|opt|mnt|work|workspace|content)/\w|[A-Za-z]:\\\w)"
