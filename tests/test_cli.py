@@ -244,7 +244,7 @@ def test_no_words_at_all_show_the_help(capsys):
     empty = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == empty
-    for command in ("run", "generate", "train"):
+    for command in ("run", "generate", "chat", "download", "train"):
         assert re.search(rf"^  {command} +\w", empty, re.MULTILINE)
 
 
@@ -254,7 +254,7 @@ def test_no_words_at_all_show_the_help(capsys):
 @pytest.mark.parametrize(
     "words, answer",
     [
-        (["chat"], ["no command 'chat'", "this version has run, generate, train"]),
+        (["sing"], ["no command 'sing'", "this version has run, generate, chat, download"]),
         (["generat"], ["did you mean generate?"]),
         (["--frobnicate"], ["no flag --frobnicate"]),
         (["generate", "--frobnicate"], ["llamabook generate:", "no flag --frobnicate"]),

@@ -82,7 +82,7 @@ CheckpointPath = Annotated[
         "--checkpoint_path",
         metavar="PATH",
         help="Folder with weights, parameters and tokenizer, or the weight file in it. "
-        "[default: the embedded pocket-llama2]",
+        "[default: an embedded model]",
         callback=not_a_flag,
         show_default=False,
     ),
@@ -115,9 +115,20 @@ Device = Annotated[
         show_default=False,
     ),
 ]
-Chat = Annotated[
-    bool, typer.Option("--chat", help="The prompt is a message in Llama 2's chat format; print the reply.")
+Dtype = Annotated[
+    Optional[str],
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        help="Type of the weights: float32, bfloat16 or float16. [default: the checkpoint's own]",
+        callback=not_a_flag,
+        show_default=False,
+    ),
 ]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="The prompt is a message in the model's chat format; print the reply.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -133,7 +144,7 @@ def llamabook(
 
 @app.command()
 def run(prompt: Prompt = "One sunny morning,", seed: Seed = 1234) -> Action:
-    """Let the embedded Llama 2 tell a story."""
+    """Let an embedded Llama tell a story."""
     from llamabook.cli.run import tell
 
     return partial(tell, prompt=prompt, seed=seed)
@@ -150,6 +161,7 @@ def generate(
     num_samples: NumSamples = 1,
     seed: Seed = 1234,
     device: Device = None,
+    dtype: Dtype = None,
     chat: Chat = False,
 ) -> Action:
     """Continue a prompt with a Llama.
@@ -168,7 +180,97 @@ def generate(
         num_samples=num_samples,
         seed=seed,
         device=device,
+        dtype=dtype,
         chat=chat,
+    )
+
+
+@app.command()
+def chat(
+    checkpoint_path: CheckpointPath = None,
+    system: Annotated[
+        Optional[str],
+        typer.Option("--system", metavar="TEXT", help="What the model is told before the first message.", callback=not_a_flag),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.6,
+    top_k: TopK = None,
+    top_p: TopP = 0.9,
+    seed: Seed = 1234,
+    device: Device = None,
+    dtype: Dtype = None,
+) -> Action:
+    """Talk with a Llama.
+
+    Each line is a message; from a pipe too. Ctrl-C stops an answer, Ctrl-D ends, /help lists the commands. When the
+    context is full, the oldest messages are forgotten.
+    """
+    from llamabook.cli.chat import talk
+    from llamabook.cli.speak import Sampling
+
+    return partial(
+        talk,
+        checkpoint_path=checkpoint_path,
+        system=system,
+        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p),
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+
+
+@app.command()
+def download(
+    source: Annotated[
+        str, typer.Argument(metavar="REPO_OR_URL", help="ORG/NAME of a Hugging Face repository, or a file's address.")
+    ],
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--output",
+            metavar="PATH",
+            help="Where it goes. [default: checkpoints/ORG/NAME, or a file of its own name here]",
+            callback=not_a_flag,
+            show_default=False,
+        ),
+    ] = None,
+    convert: Annotated[
+        bool, typer.Option("--convert", help="Make a folder of safetensors of whatever format the repository has.")
+    ] = False,
+    revision: Annotated[
+        Optional[str],
+        typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of the repository.", callback=not_a_flag),
+    ] = None,
+    include: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--include",
+            metavar="PATTERN",
+            help="Take these files of the repository, instead of its best weights and what belongs to them. Repeatable.",
+        ),
+    ] = None,
+    sha256: Annotated[
+        Optional[str],
+        typer.Option("--sha256", metavar="HEX", help="What the file's bytes must hash to.", callback=not_a_flag),
+    ] = None,
+    force: Force = False,
+) -> Action:
+    """Download a model or a file.
+
+    Repeated after an interruption, it goes on where it stopped. Nothing has its final name before it is whole and
+    checked. For repositories with terms, log in with 'hf auth login' or set HF_TOKEN.
+    """
+    from llamabook.cli.download import bring
+
+    return partial(
+        bring,
+        source=source,
+        output=output,
+        convert=convert,
+        revision=revision,
+        include=tuple(include or ()),
+        sha256=sha256,
+        force=force,
     )
 
 

@@ -15,6 +15,7 @@ def write(
     num_samples: int,
     seed: int,
     device: str | None,
+    dtype: str | None,
     chat: bool,
 ) -> None:
     """Write `num_samples` texts that continue `prompt`; sample by sample from one seeded generator."""
@@ -26,7 +27,7 @@ def write(
 
     import torch
 
-    speaker = Speaker(checkpoint_path, device, chat)
+    speaker = Speaker(checkpoint_path, device, chat, dtype)
     ids = speaker.encode(prompt, sampling.max_new_tokens)
     generator = torch.Generator(speaker.device).manual_seed(seed)
     texts = []

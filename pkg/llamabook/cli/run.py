@@ -1,10 +1,10 @@
-"""`llamabook run`, written by hand: the embedded Llama 2 tells a story, and the last line says what to do next."""
+"""`llamabook run`, written by hand: an embedded Llama tells a story, and the last line says what to do next."""
 
 import shutil
 import sys
 
 from llamabook.cli.generate import check_seed, show
-from llamabook.cli.speak import POCKET, Sampling, Speaker, read_prompt
+from llamabook.cli.speak import Sampling, Speaker, read_prompt
 
 
 def tell(*, prompt: str, seed: int) -> None:
@@ -18,11 +18,12 @@ def tell(*, prompt: str, seed: int) -> None:
     sampling = Sampling(max_new_tokens=speaker.context_length)
     ids = speaker.encode(prompt, sampling.max_new_tokens)
     millions = sum(p.numel() for p in speaker.model.parameters()) / 1e6
-    print(f"This is {POCKET}: a Llama 2 with {millions:.1f} million parameters, built and trained in this book.\n")
+    kind = "Llama " + speaker.name.removeprefix("pocket-llama")
+    print(f"This is {speaker.name}: a {kind} with {millions:.1f} million parameters, built and trained in this book.\n")
     page = Page()
     spoken = speaker.speak(ids, sampling, torch.Generator().manual_seed(seed), page.push)
     page.flush()
-    print(f"\n\n{POCKET}: {spoken}")
+    print(f"\n\n{speaker.name}: {spoken}")
     print("Next: open chapter 1 with 'make lab', or begin a story of your own:")
     print('  python -m llamabook generate --prompt "One rainy evening,"')
 

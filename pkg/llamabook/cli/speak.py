@@ -1,4 +1,4 @@
-"""What `run` and `generate` share, written by hand: settings, loading, and text that appears as it is drawn."""
+"""What `run`, `generate` and `chat` share, written by hand: settings, loading, and text that appears as it is drawn."""
 
 import math
 import sys
@@ -9,7 +9,16 @@ from pathlib import Path
 
 from llamabook.errors import CheckpointError, ContextError, InputError
 
-POCKET = "pocket-llama2"
+TELLERS = ("pocket-llama3.2", "pocket-llama2")  # of the embedded models the first that is there tells stories,
+TALKERS = ("pocket-llama3.2-instruct", "pocket-llama2")  # and answers messages
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def embedded(chat: bool = False) -> str:
+    """The name of the embedded model that is used where none is named."""
+    from llamabook import pocket
+
+    return next(name for name in (TALKERS if chat else TELLERS) if name in pocket.names())
 
 
 @dataclass(frozen=True)
@@ -35,10 +44,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Spoken:
-    """What became of one text: the drawn token ids, the seconds they took, and whether the context cut it short."""
+    """What became of one text: the drawn token ids, the seconds they took, and why it ended.
+
+    `ended`: by a stop token; `cut`: by the context, before `max_new_tokens`.
+    """
 
     ids: list[int]
     seconds: float
+    ended: bool
     cut: bool
 
     @property
@@ -54,20 +67,30 @@ class Spoken:
 class Speaker:
     """A model, its tokenizer and the device they are on, ready to continue a prompt.
 
-    Args: checkpoint_path, a folder or the weight file in it, None for the embedded pocket-llama2; device, a
-    name, None for the fastest there is; chat, whether prompts are messages in Llama 2's chat format.
+    Args: checkpoint_path, a folder or the weight file in it, None for an embedded model; device, a name, None for
+    the fastest there is; chat, whether prompts are messages in the model's chat format; dtype, the name of the
+    weights' type, None for the checkpoint's own (an embedded model's: float32).
     """
 
-    def __init__(self, checkpoint_path: Path | None = None, device: str | None = None, chat: bool = False):
+    def __init__(
+        self,
+        checkpoint_path: Path | None = None,
+        device: str | None = None,
+        chat: bool = False,
+        dtype: str | None = None,
+    ):
         import torch
 
         from llamabook import pocket
         from llamabook.checkpoint import load_config, load_model
-        from llamabook.tokenizer import Llama2ChatFormat, load_tokenizer
+        from llamabook.tokenizer import chat_format, load_tokenizer
 
         self.device = torch.device(pick_device(device))
-        path = pocket.path(POCKET) if checkpoint_path is None else checkpoint_path
-        dtype = torch.float32 if checkpoint_path is None else None  # small, and the same text on more machines
+        dtype = pick_dtype(dtype)
+        path = checkpoint_path
+        if path is None:
+            path = pocket.path(embedded(chat))
+            dtype = dtype or torch.float32  # small, and the same text on more machines
         config = load_config(path)
         self.model = load_model(path, config=config, device=self.device, dtype=dtype)
         self.tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
@@ -76,8 +99,9 @@ class Speaker:
                 f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens and the model {config['vocab_size']}, "
                 "so they do not belong together: put the model's own tokenizer beside it"
             )
+        self.name = path.name if path.is_dir() else path.parent.name
         self.context_length = config["context_length"]
-        self.chat = Llama2ChatFormat(self.tokenizer) if chat else None
+        self.chat = chat_format(self.tokenizer) if chat else None
 
     def encode(self, prompt: str, max_new_tokens: int) -> list[int]:
         """The prompt's ids, BOS included. Raises ContextError if they leave no room for a token."""
@@ -122,7 +146,7 @@ class Speaker:
         seconds = time.perf_counter() - start
         write(streamer.flush())
         ended = bool(drawn) and drawn[-1] in self.tokenizer.stop_tokens
-        return Spoken(drawn, seconds, cut=room < sampling.max_new_tokens and not ended)
+        return Spoken(drawn, seconds, ended, cut=room < sampling.max_new_tokens and not ended)
 
 
 def pick_device(name: str | None) -> str:
@@ -140,6 +164,15 @@ def pick_device(name: str | None) -> str:
     if kind == "mps" and not has_mps:
         raise InputError("--device is 'mps', and torch has no MPS here: try --device cpu")
     return name
+
+
+def pick_dtype(name: str | None):
+    """torch's dtype called `name`, None for None. Raises InputError for another word."""
+    import torch
+
+    if name not in (None, *DTYPES):
+        raise InputError(f"--dtype is {name!r}: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    return name and getattr(torch, name)
 
 
 def read_prompt(prompt: str) -> str:
