@@ -15,7 +15,7 @@ MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()  # strftime w
 
 
 def messages_of(messages: list[dict], complete: bool = False) -> list[tuple[str, str]]:
-    """Role and trimmed text of each message. Raises TokenizerError for an unknown role, no text, or no message."""
+    """Role and trimmed text of each message. Raises TokenizerError: an unknown role, no text, no message."""
     pairs = []
     for number, message in enumerate(messages, start=1):
         role, text = message.get("role"), message.get("content")
@@ -58,8 +58,8 @@ class ChatFormat:
     def encode_dialog(self, messages: list[dict], complete: bool = False) -> list[int]:
         """The ids of [{"role": ..., "content": ...}, ...] from BOS to where the answer begins.
 
-        Roles are system, user and assistant. With `complete` (training) the last message is the assistant's and
-        nothing follows it. Raises TokenizerError, see `messages_of`.
+        Roles are system, user and assistant. With `complete` (training) the last message is the assistant's
+        and nothing follows it. Raises TokenizerError, see `messages_of`.
         """
         pairs = messages_of(messages, complete)
         if self.today is not None:

@@ -54,12 +54,13 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 RESERVED = 256  # the special tokens there are
 NAMED = (
     "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-    "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
+    "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
+    "python_tag", "image",
 )  # fmt: skip
 
 
 def special_names() -> list[str]:
-    """The names of the special tokens, in the order of their ids (Llama 3.1 and later)."""
+    """The names of the special tokens, in the order of their ids (Meta's, since Llama 3.2)."""
     rest = (f"reserved_special_token_{2 + i}" for i in range(RESERVED - len(NAMED)))
     return [f"<|{name}|>" for name in (*NAMED, *rest)]
 
