@@ -18,7 +18,7 @@ from torch import nn
 
 from llamabook.generate import generate
 from llamabook.pocket.world import GRAMMAR, Document
-from llamabook.tokenizer import Llama2ChatFormat, Llama2Tokenizer
+from llamabook.tokenizer import Llama2Tokenizer, Llama3Tokenizer, chat_format
 
 LONGEST = 200  # tokens; the longest story of the world needs fewer
 
@@ -39,11 +39,15 @@ class Gap:
     documents: int
 
 
-def encode_document(document: Document, tokenizer: Llama2Tokenizer) -> list[int]:
-    """The token ids of a document as the pocket models see it: BOS, text, EOS; a chat in Llama 2's chat format."""
-    if document.kind == "chat":
-        return Llama2ChatFormat(tokenizer).encode_dialog(document.turns, complete=True)
-    return tokenizer.encode(document.text, bos=True, eos=True)
+def encode_document(document: Document, tokenizer: Llama2Tokenizer | Llama3Tokenizer) -> list[int]:
+    """The token ids of a document as the pocket models see it: BOS, text, EOS; a chat in its tokenizer's chat format.
+
+    In Llama 3's format each message has its own end, <|eot_id|>; the chat as a whole then ends as any text does.
+    """
+    if document.kind != "chat":
+        return tokenizer.encode(document.text, bos=True, eos=True)
+    ids = chat_format(tokenizer).encode_dialog(document.turns, complete=True)
+    return ids if ids[-1] == tokenizer.eos_id else [*ids, tokenizer.eos_id]
 
 
 def pad(rows: list[list[int]], multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,7 +81,7 @@ def losses(model: nn.Module, rows: list[list[int]], batch_size: int = 32) -> tor
     return result
 
 
-def gap(model: nn.Module, tokenizer: Llama2Tokenizer, documents: list[Document]) -> Gap:
+def gap(model: nn.Module, tokenizer: Llama2Tokenizer | Llama3Tokenizer, documents: list[Document]) -> Gap:
     """Measure a model against the floor on these documents (held-out ones, or the answer means nothing)."""
     rows = [encode_document(d, tokenizer) for d in documents]
     entropy = torch.tensor([-d.log_prob for d in documents], dtype=torch.float64)
@@ -94,7 +98,9 @@ def gap(model: nn.Module, tokenizer: Llama2Tokenizer, documents: list[Document])
     )
 
 
-def sample_stories(model: nn.Module, tokenizer: Llama2Tokenizer, count: int, seed: int = 0) -> list[str]:
+def sample_stories(
+    model: nn.Module, tokenizer: Llama2Tokenizer | Llama3Tokenizer, count: int, seed: int = 0
+) -> list[str]:
     """What the model tells from BOS alone at temperature 1, until it has told `count` stories.
 
     Texts of the other kinds are left out by what they come closest to: a chat by its tag, facts and questions because
@@ -106,7 +112,7 @@ def sample_stories(model: nn.Module, tokenizer: Llama2Tokenizer, count: int, see
 
 
 def _told(
-    model: nn.Module, tokenizer: Llama2Tokenizer, generator: torch.Generator, batch_size: int
+    model: nn.Module, tokenizer: Llama2Tokenizer | Llama3Tokenizer, generator: torch.Generator, batch_size: int
 ) -> Iterator[str]:
     begin = torch.full((batch_size, 1), tokenizer.bos_id)
     while True:
@@ -117,7 +123,7 @@ def _told(
             ids = row[1:]
             text = tokenizer.decode(ids[: ids.index(tokenizer.eos_id)] if tokenizer.eos_id in ids else ids)
             reach = {kind: GRAMMAR.furthest(text, kind) for kind in ("story", "facts", "questions")}
-            if not text.startswith("[INST]") and reach["story"] == max(reach.values()):
+            if not text.startswith(("[INST]", "<|start_header_id|>")) and reach["story"] == max(reach.values()):
                 yield text
 
 
