@@ -64,13 +64,15 @@ class BadWeb:
         """The Range of every request for `path`."""
         return [headers.get("range") for asked, headers in self.log if asked == path]
 
+    def count(self, path: str) -> int:
+        """How often `path` was asked for."""
+        return sum(asked == path for asked, _ in self.log)
+
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(request.path).path)
         headers = {name.lower(): value for name, value in request.headers.items()}
         self.log.append((path, headers))
-        page = self.pages.get(path)
-        if page is None:
-            page = Page(b"not here", status=404)
+        page = self.pages.get(path, Page(b"not here", status=404))
         if callable(page):
             page = page(headers)
         try:

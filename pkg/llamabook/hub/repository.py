@@ -10,14 +10,14 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
 from llamabook.errors import DownloadError, InputError
 from llamabook.hub.source import Repository, endpoint, find_login, load_hub
-from llamabook.hub.web import check_space, fetch, hash_file, megabytes, reason
+from llamabook.hub.web import check_space, fetch, hash_file, look, megabytes, reason
 
 SHARD = r"-\d+-of-\d+"
 WEIGHTS = (  # the first kind that a repository has is taken
@@ -47,7 +47,9 @@ class File:
         """Whether the file at `path` is this one for certain."""
         if not path.is_file() or self.size not in (None, path.stat().st_size):
             return False
-        return hash_file(path) == self.sha256 if self.sha256 else git_hash(path) == self.git
+        if self.sha256:
+            return hash_file(path) == self.sha256
+        return git_hash(path) == self.git if self.git else self.size is not None
 
 
 def git_hash(path: Path) -> str:
@@ -60,25 +62,23 @@ def list_files(repository: Repository) -> tuple[str, list[File]]:
     """The commit that `repository` stands at now, and its files. Raises DownloadError."""
     load_hub()
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api, name = HfApi(endpoint=endpoint()), repository.name
     with explained(repository):
-        info = api.model_info(name, revision=repository.revision, files_metadata=True)
-        entries = [(entry.rfilename, entry) for entry in info.siblings or ()]
-        if not entries or any(entry.size is None for _, entry in entries):
-            try:
-                tree = api.list_repo_tree(name, revision=info.sha, recursive=True)
-                entries = [(entry.path, entry) for entry in tree if hasattr(entry, "blob_id")]
-            except HfHubHTTPError:
-                pass  # a mirror without this list: sizes and hashes come with the files
+        info = api.model_info(name, revision=repository.revision)
+    try:
+        tree = list(api.list_repo_tree(name, revision=info.sha, recursive=True))
+        entries = [(entry.path, entry) for entry in tree if hasattr(entry, "blob_id")]
+    except Exception:  # a mirror without this list: sizes and hashes come with the files
+        with explained(repository):
+            entries = [(entry.rfilename, entry) for entry in info.siblings or ()]
     files = []
     for path, entry in entries:
         if path.startswith("/") or re.search(r"\\|:|(^|/)\.\.?(/|$)", path):
             raise DownloadError(f"{name} has a file {path!r}, which points out of its folder: nothing was downloaded")
         sha256 = getattr(entry.lfs, "sha256", None)  # large files
         files.append(File(path, entry.size, sha256, None if entry.lfs else entry.blob_id))
-    return info.sha, files
+    return info.sha or repository.revision, files
 
 
 @contextmanager
@@ -99,7 +99,7 @@ def explained(repository: Repository) -> Iterator[None]:
         if response is not None:
             headers = dict(response.headers)
             if response.status_code == 404 and "x-error-code" not in headers:
-                headers["x-error-code"] = "RepoNotFound"
+                headers["x-error-code"] = "RepoNotFound" if repository.revision == "main" else "RevisionNotFound"
             says = f"{endpoint()} answers {response.status_code} for {repository.name}: try again later"
             raise DownloadError(repository.explain(response.status_code, headers) or says) from None
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "requests"):
@@ -167,9 +167,16 @@ def plan(repository: Repository, include: Iterable[str] = ()) -> Plan:
     """What `choose` takes of a repository as it is now. Raises DownloadError or InputError."""
     commit, files = list_files(repository)
     try:
-        return Plan(repository, commit, tuple(choose(files, include)))
+        chosen = choose(files, include)
     except InputError as error:
         raise InputError(f"{repository.name}: {error}") from None
+    return Plan(repository, commit, tuple(file if file.size is not None else ask(repository, commit, file) for file in chosen))
+
+
+def ask(repository: Repository, commit: str, file: File) -> File:
+    """The file with the size and the hash that its own address tells."""
+    offer = look(repository.url(file.path, commit), login=find_login(), explain=repository.explain)
+    return replace(file, size=offer.size, sha256=offer.sha256)
 
 
 def carry_out(plan: Plan, folder: Path, *, force: bool = False, say: Callable[[str], None] | None = None) -> Path:

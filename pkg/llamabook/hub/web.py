@@ -65,7 +65,7 @@ class Offer:
 
     @property
     def resumable(self) -> bool:
-        """Whether a second half can be known to belong to a first."""
+        """Whether a second half may be taken to belong to a first."""
         return bool(self.sha256 or self.stamp or self.size)
 
 
@@ -90,9 +90,15 @@ def fetch(
         raise InputError(f"{path} is a folder: name the file in it")
     if sha256 and path.exists() and hash_file(path) == sha256:
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     Transfer(url, path, Offer(size, sha256), login, explain).run(force)
     return path
+
+
+def look(url: str, *, login: str | None = None, explain: Explain | None = None) -> Offer:
+    """What the server says about the file at `url`, which is not read. Raises DownloadError."""
+    transfer = Transfer(url, Path(), Offer(), login, explain)
+    with transfer.session, transfer.persist(lambda: transfer.request(0)) as response:
+        return read_offer(response)
 
 
 def check_sha256(text: str | None) -> str | None:
@@ -235,19 +241,24 @@ class Transfer:
 
     def fetch_part(self) -> None:
         """Fill the part, give it its name, and remove others that were begun with other contents."""
+        folder = self.path.parent
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             with open(os.open(self.part, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+b") as file:
                 with alone(file, self.path):
                     self.fill(file)
         except Useless:
             self.part.unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()
             raise
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DownloadError(f"the disk of {self.path} is full: make room; the same command goes on") from None
             raise
         os.replace(self.part, self.path)
-        for other in list(self.path.parent.iterdir()):
+        for other in list(folder.iterdir()):
             if re.fullmatch(re.escape(self.path.name) + r"\.[0-9a-f]{8}\.part", other.name):
                 other.unlink(missing_ok=True)
 
