@@ -55,10 +55,10 @@ def test_the_measure_sees_a_wrong_floor(llama, held_out):
 def test_loss_of_a_uniform_model_is_tokens_times_log_vocabulary(llama, held_out):
     class Uniform(nn.Module):
         def forward(self, idx):
-            return torch.zeros(*idx.shape, 1280)
+            return torch.zeros(*idx.shape, train.VOCAB_SIZE)
 
     rows = [floor.encode_document(d, llama[1]) for d in held_out[:70]]
-    expected = torch.tensor([(len(r) - 1) * math.log(1280) for r in rows], dtype=torch.float64)
+    expected = torch.tensor([(len(r) - 1) * math.log(train.VOCAB_SIZE) for r in rows], dtype=torch.float64)
     assert torch.allclose(floor.losses(Uniform(), rows), expected)
 
 
@@ -78,15 +78,14 @@ def test_documents_are_encoded_as_the_chat_format_says(llama, held_out):
     assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id) and tokenizer.decode(ids[1:-1]) == story.text
 
 
-def test_many_of_its_stories_parse(llama):
-    """At temperature 1. 41.5 % of 200 were measured; a model that babbles has none. The bar is the long test below."""
+def test_its_stories_parse(llama):
+    """At temperature 1. The bar is that of the long test below; here four standard errors of 16 draws less."""
     stories = floor.sample_stories(*llama, count=16, seed=1)
     assert len(set(stories)) == 16
-    assert floor.share_parsed(stories) >= 0.1
+    assert floor.share_parsed(stories) >= 0.6
 
 
 @pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="41.5 % parse: the model repeats what the grammar draws only once (README)")
 def test_of_200_stories_nine_in_ten_parse(llama):
     assert floor.share_parsed(floor.sample_stories(*llama, count=200, seed=0)) >= 0.9
 
@@ -169,7 +168,7 @@ def test_a_killed_training_goes_on_as_if_nothing_had_happened(recipe, monkeypatc
 
 def test_training_starts_below_nothing_and_learns(recipe):
     log = json.loads((recipe("run", steps=9) / "training_log.json").read_text())
-    assert log[-1]["held_out"] < log[0]["held_out"] < math.log(1280) + 0.1
+    assert log[-1]["held_out"] < log[0]["held_out"] < math.log(train.VOCAB_SIZE) + 0.1
     assert log[-1]["floor"] < log[-1]["held_out"]
 
 

@@ -33,7 +33,7 @@ from llamabook.pocket.ranks import train_ranks
 
 # ---- architectures ------------------------------------------------------------------------------------------------
 
-VOCAB_SIZE = 1536
+VOCAB_SIZE = 1792
 CONTEXT_LENGTH = 256
 
 LLAMA2_CONFIG = {
@@ -80,7 +80,7 @@ class Recipe:
     source: Source = world
     base: str | None = None
     measure: Callable[[nn.Module, object], dict] = lambda model, tokenizer: {}
-    steps: int = 7000
+    steps: int = 8000
     documents: int = 32  # per step
     muon_lr: float = 0.02
     adam_lr: float = 5e-3

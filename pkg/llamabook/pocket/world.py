@@ -42,8 +42,8 @@ def _animal(plural, eats, home, young, sound, gives, coat, legs="four"):
 LEXICONS = {
     "people": _names("Lily Mia Anna Rosa Nina Clara Emma Zoe", "Tom Ben Max Paco Kai Hugo Felix Leo"),
     "friends": {
-        "Aunt Carmen": SHE, "Aunt Ruth": SHE, "Cousin Luz": SHE, "Grandma Elena": SHE,
-        "Uncle Oscar": HE, "Uncle Otto": HE, "Cousin Inti": HE, "Grandpa Pablo": HE,
+        "Aunt Carmen": SHE, "Cousin Luz": SHE, "Grandma Elena": SHE, "Captain Ruth": SHE,
+        "Uncle Oscar": HE, "Brother Otto": HE, "Doctor Inti": HE, "Grandpa Pablo": HE,
     },
     "strangers": _names("Amira Olga Sofia Vera", "Marco Igor Anton Samir"),
     "llamas": _names("Misty Olive Cleo Mocha Maple Ginger Hazel Daisy", "Dusty Coco Pepper Bruno Rocky Biscuit Bandit Domino"),
@@ -51,9 +51,7 @@ LEXICONS = {
     "places": _places(
         **{
             "in": "barn meadow orchard stable forest garden valley village field",
-            "by": "river pond well gate mill lake bridge",
-            "on": "hill",
-            "behind": "house school church",
+            "by": "river pond well gate mill lake bridge hill house school church",
         }
     ),
     "objects": _plain("bell,key,map,drum,flute,kite,boot,book,ribbon,comb,whistle,coin,spoon,letter,mirror,ring"),
@@ -112,8 +110,8 @@ LEXICONS = {
 
 SLOTS = {
     "hero": "people", "friend": "friends", "stranger": "strangers", "llama": "llamas", "cria": "crias",
-    "place": "places", "goal": "places", "object": "objects", "treat": "treats", "job": "jobs", "animal": "animals",
-    "beast": "animals", "tool": "tools", "verb": "verbs",
+    "place": "places", "object": "objects", "tool": "tools", "treat": "treats", "verb": "verbs",
+    "animal": "animals", "beast": "animals",
 }  # fmt: skip
 
 STORY_RULES = {
@@ -140,13 +138,13 @@ STORY_RULES = {
         "With {hero.him} came {llama}, the {traits} llama of the farm.",
         "That was the day when {hero.he} found {llama}, a llama as {colors} as a cloud.",
     ],
-    "asides": ["", " <aside>", " <scene>", " <aside> <scene>"],
+    "asides": ["", " <aside>", " <scene>"],
     "aside": [
         "{llama} was {moods}.",
         "{hero} felt {moods} that day.",
         "The wind blew over the {place}, but {llama} stayed close to {hero}.",
         "\"What a good llama you are!\" said {hero}.",
-        "{llama} liked to {verbs} {place.at}.",
+        "{llama} liked to {verbs} {places.at}.",
         "{hero} gave {llama} some {foods}.",
         "People said that {llama} could {verbs} like no other llama.",
     ],
@@ -273,15 +271,15 @@ STORY_RULES = {
         "<race_why> <race_run> <race_crowd> <race_end>",
     ],  # fmt: skip
     "race_why": [
-        "That day there was a race to the {places}. The fastest of all was the {animal}.",
-        "\"I am faster than {llama},\" said the {animal}.",
-        "The {animal} wanted to see who could run the fastest.",
-        "Everybody came to the great race of the {seasons}. Nobody was afraid of the {animal}.",
+        "That day there was a race to the {places}. The fastest of all was the {animals}.",
+        "\"I am faster than {llama},\" said the {animals}.",
+        "The {animals} wanted to see who could run the fastest.",
+        "Everybody came to the great race of the {seasons}. Nobody was afraid of the {animals}.",
     ],
     "race_run": [
-        "The {animal} fell into the mud {places.at}.",
+        "The {animals} fell into the mud {places.at}.",
         "{llama} ran {ways} past the {places}.",
-        "The {animal} stopped to eat {foods}.",
+        "The {animals} stopped to eat {foods}.",
     ],
     "race_crowd": [
         "{Numbers} children cheered for {llama}.",
@@ -291,7 +289,7 @@ STORY_RULES = {
     "race_end": [
         "{llama} won and got a {objects} with a {colors} ribbon.",
         "In the end {llama} was last, but {hero} was proud of {llama.him}.",
-        "The {animal} won, and {llama} was the first to say well done.",
+        "The {animals} won, and {llama} was the first to say well done.",
         "{llama} came in second and got {numbers} bags of {foods}.",
     ],
     # -- a visitor
@@ -300,14 +298,14 @@ STORY_RULES = {
         "<visit_who> <visit_talk> <visit_meal> <visit_end>",
     ],  # fmt: skip
     "visit_who": [
-        "Then a {traits} {job} named {stranger} knocked at the gate.",
-        "A stranger came down the road. {stranger.His} name was {stranger}, and {stranger.he} was a {job}.",
-        "The {job} of the next village had walked for {numbers} days. The name was {stranger}.",
+        "Then a {traits} {jobs} named {stranger} knocked at the gate.",
+        "A stranger came down the road. {stranger.His} name was {stranger}, and {stranger.he} was a {jobs}.",
+        "The {jobs} of the next village had walked for {numbers} days. The name was {stranger}.",
     ],
     "visit_talk": [
         "\"Can your llama {verbs}?\" asked {stranger}.",
-        "\"I have never seen such a llama,\" said the {job}.",
-        "The {job} told them about {sights}.",
+        "\"I have never seen such a llama,\" said {stranger}.",
+        "{stranger} told them about {sights}.",
     ],
     "visit_meal": [
         "They ate {treats} together and laughed.",
@@ -316,7 +314,7 @@ STORY_RULES = {
     ],
     "visit_end": [
         "When {stranger} left, {stranger.he} gave {hero} a {objects}.",
-        "The {job} stayed for {numbers} weeks and taught {llama} to {verbs}.",
+        "{stranger} stayed for {numbers} weeks and taught {llama} to {verbs}.",
         "\"Come back in {seasons},\" said {hero}, and {stranger} did.",
         "At last {stranger} went away {ways}, and {llama} walked with {stranger.him} to the {places}.",
     ],
@@ -404,9 +402,9 @@ STORY_RULES = {
         "<stub_stop> <stub_try> <stub_help> <stub_end>",
     ],  # fmt: skip
     "stub_stop": [
-        "Near the {goal} {llama} stopped and would not move.",
-        "Then {llama} lay down {goal.at} and closed {llama.his} eyes.",
-        "\"No,\" said the eyes of {llama}, and {llama.he} sat down {goal.at}.",
+        "Near the {places} {llama} stopped and would not move.",
+        "Then {llama} lay down {places.at} and closed {llama.his} eyes.",
+        "\"No,\" said the eyes of {llama}, and {llama.he} sat down {places.at}.",
     ],
     "stub_try": [
         "{hero} pulled and pushed, but nothing moved.",
@@ -421,7 +419,7 @@ STORY_RULES = {
     "stub_end": [
         "Then {hero} went away {ways}, and {llama} came after {hero.him} at once.",
         "Then {animals.a} came by, and {llama} ran all the way home.",
-        "In the end they slept there, {goal.at}, under the stars.",
+        "In the end they slept there, under the stars.",
         "At last {hero} put the heavy {tools} down. That was all {llama} had wanted.",
     ],
     # -- a feast
@@ -557,7 +555,7 @@ CHAT_RULES = {
 
 GRAMMAR = Grammar(
     rules={
-        "document": [(50, "<story>"), (15, "<facts>"), (15, "<questions>"), (20, "<chat>")],
+        "document": [(60, "<story>"), (10, "<facts>"), (12, "<questions>"), (18, "<chat>")],
         **STORY_RULES, **FACT_RULES, **QUESTION_RULES, **CHAT_RULES,
     },
     lexicons=LEXICONS,
