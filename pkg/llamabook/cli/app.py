@@ -276,13 +276,29 @@ def download(
 
 @app.command()
 def train(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="pocket-llama2 or pocket-gpt.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="pocket-llama2, pocket-gpt, pocket-llama3.2, pocket-llama3.2-instruct or pocket-draft.",
+        ),
+    ],
     output: Annotated[
         Optional[Path],
         typer.Option(
             "--output",
             metavar="DIR",
             help="Where to write. [default: runs/NAME]",
+            callback=not_a_flag,
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--base",
+            metavar="DIR",
+            help="For pocket-llama3.2-instruct: the model to start from. [default: the embedded pocket-llama3.2]",
             callback=not_a_flag,
             show_default=False,
         ),
@@ -294,11 +310,12 @@ def train(
 ) -> Action:
     """Train an embedded model again.
 
-    It takes about half an hour on two CPU cores. A run that was stopped goes on when the command is repeated.
+    It takes about half an hour on two CPU cores, instruct and draft less. A run that was stopped goes on when the
+    command is repeated.
     """
     from llamabook.cli.train import learn
 
-    return partial(learn, name=name, output=output, steps=steps, restart=restart)
+    return partial(learn, name=name, output=output, base=base, steps=steps, restart=restart)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -30,6 +30,7 @@ from llamabook.llama2 import Llama2Model
 from llamabook.llama3 import LLAMA32_CONFIG_1B, Llama3Model
 from llamabook.pocket import questions, world
 from llamabook.pocket.ranks import train_ranks
+from llamabook.tokenizer import load_tokenizer
 
 # ---- architectures ------------------------------------------------------------------------------------------------
 
@@ -204,10 +205,14 @@ def _save_gpt(model: nn.Module, folder: Path) -> None:
         torch.save(model.to(torch.bfloat16).state_dict(), file)
 
 
-def _save_llama3(model: nn.Module, folder: Path) -> None:
+def _save_llama3(model: nn.Module, folder: Path, chats: bool = False) -> None:
+    """As a Hugging Face folder; a model that chats also ends where a message ends."""
     from llamabook.checkpoint.huggingface import save_huggingface
 
-    save_huggingface(model.to(torch.bfloat16), folder)
+    tokenizer = load_tokenizer(folder)
+    ends = sorted(tokenizer.stop_tokens) if chats else tokenizer.eos_id
+    model.to(torch.bfloat16).cfg["dtype"] = torch.bfloat16
+    save_huggingface(model, folder, metadata={"bos_token_id": tokenizer.bos_id, "eos_token_id": ends})
 
 
 def _right(model: nn.Module, tokenizer) -> dict:
@@ -223,8 +228,8 @@ RECIPES = {
     "pocket-llama3.2": _llama3(partial(Llama3Model, LLAMA32_CONFIG)),
     # Half of its texts are chats of the world, half questions. Gentler and shorter: it knows the world already.
     "pocket-llama3.2-instruct": _llama3(
-        partial(Llama3Model, LLAMA32_CONFIG), source=questions.Mix(0.5, "chat"), base="pocket-llama3.2",
-        measure=_right, steps=1000, muon_lr=0.005, adam_lr=1e-3, decay=0.8,
+        partial(Llama3Model, LLAMA32_CONFIG), save=partial(_save_llama3, chats=True), base="pocket-llama3.2",
+        source=questions.Mix(0.5, "chat"), measure=_right, steps=1000, muon_lr=0.005, adam_lr=1e-3, decay=0.8,
     ),
     # Guesses for both of them, so it reads all that they read.
     "pocket-draft": _llama3(partial(Llama3Model, DRAFT_CONFIG), source=questions.Mix(0.125, "document")),

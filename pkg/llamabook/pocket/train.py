@@ -64,6 +64,8 @@ def train(
     if base and not recipe.base:
         raise InputError(f"{name} starts from nothing, so it has no base: leave the base out")
     base = Path(base or pocket.path(recipe.base)) if recipe.base else None
+    if base and not (base / "tokenizer.model").exists():
+        raise InputError(f"{base} is no trained {recipe.base}: it has no tokenizer.model")
     folder.mkdir(parents=True, exist_ok=True)
     total = steps or recipe.steps
     tokenizer = _tokenizer(recipe, folder, base)
