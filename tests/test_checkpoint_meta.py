@@ -390,12 +390,10 @@ def test_no_such_path(tmp_path):
 
 
 def test_an_empty_folder_and_other_folders(tmp_path):
-    refused(tmp_path, "no consolidated.00.pth", "it holds nothing")
-    (tmp_path / "notes.txt").write_text("hay")
-    refused(tmp_path, "no consolidated.00.pth", "it holds notes.txt")
-    refused(tmp_path / "notes.txt", "is no consolidated.00.pth")
-    (tmp_path / "config.json").write_text("{}")
-    refused(tmp_path, "Hugging Face's format", "chapter 2")
+    refused(tmp_path, "no model.safetensors, consolidated.00.pth or model.pth", "it holds nothing")
+    (tmp_path / "notes.txt").write_text("hay in the barn")
+    refused(tmp_path, "no model.safetensors, consolidated.00.pth or model.pth", "it holds notes.txt")
+    refused(tmp_path / "notes.txt", "notes.txt is cut off, or not what its name says")
 
 
 HTML = b'\n<!DOCTYPE html>\n<html lang="en"><head><title>Access denied</title></head></html>\n'
@@ -524,11 +522,18 @@ def test_params_json_that_is_not_there(folder):
     refused(folder, "params.json is no JSON")
 
 
-def test_grouped_query_attention_waits_for_chapter_2(tmp_path, tensors):
+def test_grouped_query_attention_needs_chapter_2s_class(tmp_path, tensors):
     tensors = {n: w[:16] if "wk" in n or "wv" in n else w for n, w in tensors.items()}
     folder = write(tmp_path / "model", tensors, params=PARAMS | {"n_kv_heads": 2})
-    refused(folder, "8 query heads share 2 key-value heads", "chapter 2")
-    assert load_config(folder)["n_kv_groups"] == 2
+    with pytest.raises(CheckpointError, match="8 query heads share 2 key-value heads.*chapter 2"):
+        load_meta(folder)
+    assert load_config(folder)["n_kv_groups"] == 2 and type(load_model(folder)).__name__ == "Llama3Model"
+
+
+@pytest.mark.parametrize("params", [PARAMS | {"n_kv_heads": None, "head_dim": 8}, {**PARAMS, "vocab_size": None}])
+def test_null_in_params_json_is_silence(tmp_path, tensors, params):
+    config = load_config(write(tmp_path / "model", tensors, params=params))
+    assert (config["n_kv_groups"], config["vocab_size"]) == (8, 96) and "head_dim" not in config
 
 
 def test_an_own_configuration_that_does_not_fit(folder):

@@ -4,16 +4,51 @@ from pathlib import Path
 
 import torch
 
-from llamabook.checkpoint.meta import load_meta, read_params
+from llamabook.checkpoint.gptfast import config_beside, load_gptfast
+from llamabook.checkpoint.huggingface import (
+    COUNTED,
+    LEFT_OUT,
+    choose_dtype,
+    load_huggingface,
+    read_config,
+    read_tensors,
+    read_weights,
+    weight_files,
+)
+from llamabook.checkpoint.llama3_meta import load_llama3_meta, read_llama3_params
+from llamabook.checkpoint.plain import load_plain
 from llamabook.errors import CheckpointError
 from llamabook.llama2 import Llama2Model
 
 __all__ = ["load_config", "load_model"]
 
+LOADERS = {
+    "huggingface": load_huggingface,
+    "meta": load_llama3_meta,
+    "gptfast": load_gptfast,
+    "plain": load_plain,
+}
+
 
 def load_config(path: str | Path) -> dict:
-    """The configuration of the checkpoint in `path`, a dict as LLAMA2_CONFIG_7B. Raises CheckpointError."""
-    return read_params(find_meta(path))
+    """The configuration of the checkpoint in `path`, a dict as LLAMA2_CONFIG_7B or LLAMA32_CONFIG_1B.
+
+    `path` is as for `load_model`, or a folder with a config.json and no weights. Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "config.json").exists() and not _weights_in(path):
+        return read_config(path / "config.json")
+    layout, place = recognize(path)
+    if layout == "meta":
+        return read_llama3_params(place)
+    if layout == "huggingface":
+        tensors, folder = read_weights(place), place if place.is_dir() else place.parent
+        config = read_config(folder / "config.json")
+    else:
+        tensors = read_tensors(place)
+        config = config_beside(place, tensors)
+    weights = {name: tensor for name, tensor in tensors.items() if not LEFT_OUT.search(name)}
+    return config | {"dtype": choose_dtype(place, weights, None, config["dtype"])}
 
 
 def load_model(
@@ -23,26 +58,64 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Llama2Model:
-    """The model in `path`, in evaluation mode on `device`. dtype=None keeps the checkpoint's own.
+    """The model in `path`, in evaluation mode on `device`: a Llama2Model, or a Llama3Model where it takes one.
 
-    `path` is a folder with Meta's consolidated.*.pth and params.json, or one of those files.
-    `config` is used instead of what the checkpoint says. Raises CheckpointError.
+    `path` is a folder of Hugging Face (config.json, *.safetensors or *.bin), of Meta (consolidated.*.pth,
+    params.json) or of gpt-fast (model.pth, config.json), one of these files, or a .pth by our own weight names.
+    `config` is used instead of what stands beside the weights; dtype=None keeps their own.
+    Nothing in the files is run, and they are mapped, not read. Raises CheckpointError.
     """
-    return load_meta(find_meta(path), config=config, device=device, dtype=dtype)
+    layout, place = recognize(path)
+    return LOADERS[layout](place, config, device, dtype)
 
 
-def find_meta(path: str | Path) -> Path:
-    """The folder of a checkpoint in Meta's format. Raises CheckpointError that says what is there instead."""
+def recognize(path: str | Path) -> tuple[str, Path]:
+    """The layout of what is in `path`, one of LOADERS, and the path that its loader takes. Raises CheckpointError."""
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: check the path")
-    folder = path if path.is_dir() else path.parent
-    if path.is_file() and not (path.match("consolidated.*.pth") or path.name == "params.json"):
-        raise CheckpointError(f"{path} is no consolidated.00.pth: give the folder that holds one")
-    names = sorted(file.name for file in folder.iterdir())
-    if any(Path(name).match("consolidated.*.pth") for name in names):
-        return folder
-    if any(name == "config.json" or name.endswith(".safetensors") for name in names):
-        raise CheckpointError(f"{folder} is in Hugging Face's format, for chapter 2: give one in Meta's")
-    inside = ", ".join(names[:5]) or "nothing"
-    raise CheckpointError(f"{folder} has no consolidated.00.pth (it holds {inside}): give another folder")
+    if path.is_dir():
+        found = _weights_in(path)
+        if found is None:
+            inside = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+            what = f"has no model.safetensors, consolidated.00.pth or model.pth (it holds {inside})"
+            raise CheckpointError(f"{path} {what}: give the folder with the weights")
+        return found if isinstance(found, tuple) else recognize(found)
+    if path.match("consolidated.*.pth") or path.name == "params.json":
+        return "meta", path.parent
+    if COUNTED.search(path.name):
+        return "huggingface", path
+    if path.suffix == ".json":
+        return recognize(path.parent)
+    return _layout_of(path), path
+
+
+def _weights_in(folder: Path) -> tuple[str, Path] | Path | None:
+    """What a folder's weights are, by the names of its files: a layout, a single file, or None."""
+    files = weight_files(folder)
+    if files:
+        return ("huggingface", folder) if len(files) > 1 else files[0]
+    if any(folder.glob("consolidated.*.pth")):
+        return "meta", folder
+    single = folder / "model.pth"
+    others = [single] if single.exists() else sorted([*folder.glob("*.pth"), *folder.glob("*.pt")])
+    if len(others) > 1:
+        names = ", ".join(file.name for file in others[:3])
+        raise CheckpointError(f"{folder} has several files of weights ({names}): name the one to load")
+    if not others and any(folder.glob("original/consolidated.*.pth")):
+        return "meta", folder / "original"
+    return others[0] if others else None
+
+
+def _layout_of(path: Path) -> str:
+    """The layout of one file of weights, by the names in it. Raises CheckpointError if they are of no Llama."""
+    names = list(map(str, read_tensors(path)))
+    for layout, beginnings in (
+        ("huggingface", ("model.layers.", "model.embed_tokens.")),
+        ("plain", ("trf_blocks.", "tok_emb.")),
+        ("gptfast", ("layers.", "tok_embeddings.")),
+    ):
+        if any(name.startswith(beginnings) for name in names):
+            return layout
+    what = ", ".join(name[:60] for name in names[:2]) or "nothing"
+    raise CheckpointError(f"{path} has no weights of a Llama (but {what}): give another file")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from llamabook.errors import CheckpointError, ConfigError, InputError
 from llamabook.files import replacing, why_unreadable
-from llamabook.llama2 import Llama2Model, half_split_to_interleaved, interleaved_to_half_split
+from llamabook.llama2 import Llama2Model, half_split_to_interleaved, head_dim_of, interleaved_to_half_split
 
 PARTS = {  # Meta's name: our name, and the dimension that shards cut (None: each shard has the whole)
     "attention_norm": ("norm1", None),
@@ -111,15 +111,31 @@ def matrix(folder: str | Path, shard: dict[str, torch.Tensor], name: str) -> tor
     return shard[name]
 
 
-def check_shards(folder: Path, shards: list[dict], width: int, names: Iterable[str]) -> None:
-    """Raises CheckpointError unless all shards of a `width` are there, each with the tensors `names`.
+def vocabulary(folder: str | Path, shards: list[dict[str, torch.Tensor]], params: dict) -> int:
+    """V: all rows of the token table, even if shards cut it by rows (Llama 3). Raises CheckpointError."""
+    heads, dim = params["n_heads"], params["dim"]
+    check_count(folder, shards, heads * params.get("head_dim", dim // heads))
+    rows, columns = matrix(folder, shards[0], "tok_embeddings.weight").shape
+    rows *= len(shards) if columns == dim else 1
+    if params.get("vocab_size", -1) not in (-1, rows):
+        what = f"vocab_size is {params['vocab_size']}, the rows of tok_embeddings.weight {rows}"
+        raise CheckpointError(f"{folder}: {what}: use the params.json that belongs to the weights")
+    return rows
 
-    One more tensor is accepted and ignored: rope.freqs, which we compute.
-    """
-    part = matrix(folder, shards[0], "tok_embeddings.weight").shape[1]
+
+def check_count(folder: str | Path, shards: list[dict], width: int) -> None:
+    """Raises CheckpointError if shards are missing: wo, of which each has some columns, has `width`."""
+    part = matrix(folder, shards[0], "layers.0.attention.wo.weight").shape[1]
     if part * len(shards) < width and width % part == 0:
         want, absent = width // part, f"consolidated.{len(shards):02d}.pth"
         raise CheckpointError(f"{folder} has {len(shards)} of {want} shards: {absent} is missing")
+
+
+def check_shards(folder: Path, shards: list[dict], names: Iterable[str]) -> None:
+    """Raises CheckpointError unless each shard has the tensors `names`, and no others.
+
+    One more tensor is accepted and ignored: rope.freqs, which we compute.
+    """
     for rank, shard in enumerate(shards):
         missing = [name for name in names if name not in shard]
         extra = [name for name in shard if name not in names and name != "rope.freqs"]
@@ -130,11 +146,11 @@ def check_shards(folder: Path, shards: list[dict], width: int, names: Iterable[s
                 raise CheckpointError(f"{file} {what}: use the params.json that belongs to the weights")
 
 
-COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len")  # whole numbers above 0
+COUNTS = ("dim", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "head_dim")  # above 0
 
 
 def read_json(path: Path) -> dict:
-    """What params.json says, with the numbers that we use checked. Raises CheckpointError."""
+    """What params.json says, less what is null, the numbers that we use checked. Raises CheckpointError."""
     problem = why_unreadable(path)
     if problem:
         raise CheckpointError(f"{path} {problem}")
@@ -142,8 +158,9 @@ def read_json(path: Path) -> dict:
         params = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON ({error}): download it again") from None
+    params = {k: v for k, v in params.items() if v is not None} if isinstance(params, dict) else {}
     for key in COUNTS[:3]:
-        if not isinstance(params, dict) or key not in params:
+        if key not in params:
             raise CheckpointError(f"{path} has no {key!r}: give the params.json that belongs to the weights")
     for key in (*COUNTS, "norm_eps", "rope_theta"):
         value, kinds = params.get(key, 1), (int,) if key in COUNTS else (int, float)
@@ -159,13 +176,9 @@ def read_params(folder: str | Path, shards: list[dict[str, torch.Tensor]] | None
     """
     shards = read_shards(folder) if shards is None else shards
     params = read_json(Path(folder) / "params.json")
-    embedding = matrix(folder, shards[0], "tok_embeddings.weight")  # (V, D / shards)
     gate = matrix(folder, shards[0], "layers.0.feed_forward.w1.weight")  # (F / shards, D)
-    if params.get("vocab_size", -1) not in (-1, embedding.shape[0]):
-        what = f"vocab_size is {params['vocab_size']}, the rows of tok_embeddings.weight {embedding.shape[0]}"
-        raise CheckpointError(f"{folder}: {what}: use the params.json that belongs to the weights")
     return {
-        "vocab_size": embedding.shape[0],
+        "vocab_size": vocabulary(folder, shards, params),
         "context_length": params.get("max_seq_len", 4096),
         "emb_dim": params["dim"],
         "n_heads": params["n_heads"],
@@ -175,7 +188,7 @@ def read_params(folder: str | Path, shards: list[dict[str, torch.Tensor]] | None
         "rope_base": float(params.get("rope_theta", 10_000.0)),
         "rope_freq": None,
         "norm_eps": params.get("norm_eps", 1e-5),
-        "dtype": embedding.dtype,
+        "dtype": shards[0]["tok_embeddings.weight"].dtype,
     }
 
 
@@ -206,7 +219,10 @@ def our_tensors(
     Raises CheckpointError if a tensor has not the shape that `shapes` has for it.
     """
     for name, (ours, dim) in tqdm(tensor_names(config["n_layers"]).items(), leave=False, disable=None):
-        weight = join(f"{folder}: {name}", [shard[name] for shard in shards], dim)
+        parts = [shard[name] for shard in shards]
+        if ours == "tok_emb.weight" and parts[0].shape[1:] == shapes[ours][1:]:
+            dim = 0  # every shard has all columns: Llama 3 cuts the token table by rows
+        weight = join(f"{folder}: {name}", parts, dim)
         if weight.shape != shapes[ours]:
             what = f"{name} is {tuple(weight.shape)}, the configuration wants {tuple(shapes[ours])}"
             raise CheckpointError(f"{folder}: {what}: use the params.json that belongs to the weights")
@@ -228,7 +244,8 @@ def load_meta(
     config = dict(read_params(folder, shards) if config is None else config)
     config["dtype"] = dtype or matrix(folder, shards[0], "tok_embeddings.weight").dtype
     model = build_empty(folder, config, model_class)
-    check_shards(folder, shards, config["emb_dim"], tensor_names(config["n_layers"]))
+    check_count(folder, shards, config["n_heads"] * head_dim_of(config))
+    check_shards(folder, shards, tensor_names(config["n_layers"]))
     shapes, state = {name: tensor.shape for name, tensor in model.state_dict().items()}, {}
     for name, weight in our_tensors(folder, shards, config, shapes):
         state[name] = weight.to(device=device, dtype=config["dtype"])
@@ -278,13 +295,13 @@ def to_shard(model: nn.Module, rank: int, shards: int) -> dict[str, torch.Tensor
     return part
 
 
-def save_meta(model: nn.Module, folder: str | Path, shards: int = 1) -> None:
+def save_meta(model: nn.Module, folder: str | Path, shards: int = 1, params: dict | None = None) -> None:
     """Write `model` as Meta would: params.json and `shards` files consolidated.00.pth and so on.
 
-    Every file is complete before the first takes its name, so an interrupted call leaves the old ones.
-    Raises InputError if `shards` does not divide the model, ConfigError if the format can't hold it.
+    Every file is complete before the first takes its name: an interrupted call leaves the old ones.
+    Without `params`, it's `to_params(model.cfg)`, which may raise ConfigError; InputError for wrong `shards`.
     """
-    folder, cfg, params = Path(folder), model.cfg, to_params(model.cfg)
+    folder, cfg, params = Path(folder), model.cfg, to_params(model.cfg) if params is None else params
     if shards < 1 or any(cfg[key] % shards for key in ("n_kv_groups", "hidden_dim", "vocab_size", "emb_dim")):
         raise InputError(f"{shards} shards do not divide heads, widths and vocabulary evenly: choose fewer")
     with ExitStack() as files:

@@ -275,6 +275,26 @@ def download(
 
 
 @app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder or file of weights, in any layout that loads.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    layout: Annotated[
+        str,
+        typer.Option("--layout", metavar="NAME", help="huggingface, meta or gptfast.", callback=not_a_flag),
+    ] = "huggingface",
+    dtype: Dtype = None,
+    force: Force = False,
+) -> Action:
+    """Write a checkpoint in another layout.
+
+    SRC stays as it is. DST gets its name when everything is in it, so an interrupted conversion leaves nothing.
+    """
+    from llamabook.cli.convert import rewrite
+
+    return partial(rewrite, src=src, dst=dst, layout=layout, dtype=dtype, force=force)
+
+
+@app.command()
 def train(
     name: Annotated[
         str,

@@ -1,0 +1,137 @@
+"""A checkpoint of one layout from one of another, whole or not at all. Written by hand."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llamabook.checkpoint import load_model, recognize
+from llamabook.checkpoint.gptfast import save_gptfast
+from llamabook.checkpoint.huggingface import read_object, save_huggingface
+from llamabook.checkpoint.llama3_meta import save_llama3_meta
+from llamabook.errors import InputError, LlamaBookError
+from llamabook.tokenizer import load_tokenizer
+
+LAYOUTS = ("huggingface", "meta", "gptfast")
+COMPANIONS = (  # files that go where the weights go
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ENDINGS = {".json", ".safetensors", ".bin", ".pth", ".pt", ".model", ".jinja", ".md", ".txt"}
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    layout: str = "huggingface",
+    dtype: torch.dtype | None = None,
+    force: bool = False,
+) -> Path:
+    """Write the checkpoint in `src`, whatever `load_model` reads, as a folder `dst`, and return `dst`.
+
+    Args: layout, one of LAYOUTS; dtype, None for the checkpoint's own; force, whether a checkpoint that is
+    in `dst` already may be replaced. The tokenizer goes along. Everything is written beside `dst` and renamed
+    at the end, so an interrupted call leaves `dst` as it was.
+    Raises InputError for an impossible request, CheckpointError for a bad checkpoint.
+    """
+    src, dst = Path(src), Path(dst)
+    if layout not in LAYOUTS:
+        raise InputError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    part, old = (dst.parent / f".{dst.name}.{ending}" for ending in ("part", "old"))
+    restore(dst, part, old)
+    check_target(src, dst, force)
+    model, companions = load_model(src, dtype=dtype), companions_of(src)
+    check_space(model, companions, dst)
+    try:
+        write(model, part, layout, token_ids(src, companions))
+        for file in companions:
+            shutil.copyfile(file, part / file.name)
+        if dst.exists():
+            dst.rename(old)
+        part.rename(dst)
+    finally:
+        restore(dst, part, old)
+    return dst
+
+
+def write(model: nn.Module, folder: Path, layout: str, metadata: dict) -> None:
+    """Save `model` into `folder`; `metadata` are more keys for its config.json."""
+    folder.mkdir(parents=True)
+    if layout == "meta":
+        save_llama3_meta(model, folder)
+    elif layout == "gptfast":
+        save_gptfast(model, folder, metadata=metadata)
+    else:
+        save_huggingface(model, folder, metadata=metadata)
+
+
+def restore(dst: Path, part: Path, old: Path) -> None:
+    """Remove what a conversion leaves beside `dst`, and give `dst` back what it held if nothing took its place."""
+    shutil.rmtree(part, ignore_errors=True)
+    if old.exists() and not dst.exists():
+        old.rename(dst)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_target(src: Path, dst: Path, force: bool) -> None:
+    """Raises InputError unless `dst` is free, or may be replaced because it holds a checkpoint and nothing else."""
+    here, there = src.resolve(), dst.resolve()
+    if there == here or there in here.parents or dst.name in ("", ".."):
+        raise InputError(f"{dst} holds {src} itself: give another folder to write")
+    if not dst.exists():
+        return
+    if not dst.is_dir():
+        raise InputError(f"{dst} is a file: give a folder to write")
+    inside = sorted(dst.iterdir())
+    foreign = [path.name for path in inside if path.is_dir() or path.suffix not in ENDINGS]
+    known = any((dst / name).exists() for name in ("config.json", "params.json"))
+    if inside and (foreign or not known):
+        name = (foreign or [inside[0].name])[0]
+        raise InputError(f"{dst} holds {name}, which is no part of a checkpoint: give another folder")
+    if inside and not force:
+        raise InputError(f"{dst} holds a checkpoint already: give another folder, or --force to replace it")
+
+
+def check_space(model: nn.Module, companions: list[Path], dst: Path) -> None:
+    """Raises InputError if the disk of `dst` has too little room for the weights and what goes along."""
+    needed = sum(weight.nbytes for weight in model.parameters()) + sum(file.stat().st_size for file in companions)
+    needed += 2**20  # headers, indices, JSON
+    disk = next(path for path in dst.resolve().parents if path.exists())
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        what = f"{dst} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free"
+        raise InputError(f"{what}: free some, or convert to another disk")
+
+
+def companions_of(src: Path) -> list[Path]:
+    """The tokenizer and its kin that belong to the checkpoint in `src`."""
+    layout, place = recognize(src)
+    folder = place if place.is_dir() else place.parent
+    found = [folder / name for name in COMPANIONS if (folder / name).is_file()]
+    if not any(path.name in COMPANIONS[:2] for path in found):
+        # Llama 3's repositories keep Meta's files in original/, Llama 2's downloads the tokenizer one folder up
+        further = [folder / "original"] + ([folder.parent] if layout == "meta" else [])
+        found += [path / "tokenizer.model" for path in further if (path / "tokenizer.model").is_file()][:1]
+    return found
+
+
+def token_ids(src: Path, companions: list[Path]) -> dict:
+    """The ids that begin and end a text: what a config.json in `src` says, else what the tokenizer says."""
+    config = (src if src.is_dir() else src.parent) / "config.json"
+    if config.exists():
+        return {key: value for key, value in read_object(config).items() if key in TOKEN_IDS}
+    tokenizers = [path for path in companions if path.name in COMPANIONS[:2]]
+    try:
+        tokenizer = load_tokenizer(tokenizers[0])
+    except (IndexError, LlamaBookError):
+        return {}  # it goes along as it is, and whoever uses it will see
+    stops = sorted(tokenizer.stop_tokens)
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if stops[1:] else stops[0]}
