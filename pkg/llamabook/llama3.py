@@ -12,6 +12,29 @@ from torch.nn import functional as F
 
 from llamabook.errors import CheckpointError, ConfigError
 from llamabook.llama2 import Llama2Model, MultiHeadAttention, head_dim_of, rope_frequencies
+from llamabook.tokenizer import ChatFormat, Llama3Tokenizer, clean_text  # found here too, beside their model
+
+LLAMA3_CONFIG_8B = {
+    "vocab_size": 128_256,  # V: 128 000 pieces of text and 256 special tokens
+    "context_length": 8192,  # the longest text it was trained on
+    "emb_dim": 4096,  # D: width of the residual stream
+    "n_heads": 32,  # H: query heads of d = D / H = 128
+    "n_layers": 32,
+    "hidden_dim": 14_336,  # F: 2/3 of 4 D, times 1.3, rounded up to a multiple of 1024
+    "n_kv_groups": 8,  # G: four query heads share keys and values
+    "rope_base": 500_000.0,
+    "rope_freq": None,  # no scaling of the frequencies yet
+    "norm_eps": 1e-5,
+    "dtype": torch.bfloat16,
+}
+
+LLAMA3_CONFIG_70B = {
+    **LLAMA3_CONFIG_8B,
+    "emb_dim": 8192,
+    "n_heads": 64,
+    "n_layers": 80,
+    "hidden_dim": 28_672,  # 2/3 of 4 D, times 1.3, rounded up to a multiple of 4096
+}
 
 
 class GroupedQueryAttention(MultiHeadAttention):
@@ -38,33 +61,10 @@ class GroupedQueryAttention(MultiHeadAttention):
         self.out_proj = nn.Linear(self.n_heads * self.head_dim, D, bias=False, dtype=dtype)
 
     def attend(self, Q: Tensor, K: Tensor, V: Tensor, mask: Tensor | None) -> Tensor:
-        """As `MultiHeadAttention.attend`, with K and V (B, G, T, d): each group serves H / G heads in a row."""
+        """As `MultiHeadAttention.attend`, for K and V (B, G, T, d): each serves H / G heads in a row."""
         each = self.n_heads // self.n_kv_groups
-        K, V = K.repeat_interleave(each, dim=1), V.repeat_interleave(each, dim=1)  # (B, G, T, d) -> (B, H, T, d)
+        K, V = K.repeat_interleave(each, dim=1), V.repeat_interleave(each, dim=1)  # two of (B, H, T, d)
         return super().attend(Q, K, V, mask)
-
-
-LLAMA3_CONFIG_8B = {
-    "vocab_size": 128_256,  # V: 128 000 byte-pair tokens and 256 special ones, tiktoken
-    "context_length": 8192,  # the longest text it was trained on
-    "emb_dim": 4096,  # D: width of the residual stream
-    "n_heads": 32,  # H: query heads of d = D / H = 128
-    "n_layers": 32,
-    "hidden_dim": 14_336,  # F: 2/3 of 4 D, times 1.3, rounded up to a multiple of 1024
-    "n_kv_groups": 8,  # G: four query heads share keys and values
-    "rope_base": 500_000.0,
-    "rope_freq": None,  # no scaling of the frequencies yet
-    "norm_eps": 1e-5,
-    "dtype": torch.bfloat16,
-}
-
-LLAMA3_CONFIG_70B = {
-    **LLAMA3_CONFIG_8B,
-    "emb_dim": 8192,
-    "n_heads": 64,
-    "n_layers": 80,
-    "hidden_dim": 28_672,  # 2/3 of 4 D, times 1.3, rounded up to a multiple of 4096
-}
 
 
 def check_rope_freq(rope_freq: dict) -> None:
@@ -91,8 +91,55 @@ def scale_frequencies(frequencies: Tensor, rope_freq: dict) -> Tensor:
     check_rope_freq(rope_freq)
     low, high = rope_freq["low_freq_factor"], rope_freq["high_freq_factor"]
     turns = frequencies * (rope_freq["original_context_length"] / (2 * math.pi))  # r, (d / 2,)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slowed, 1: kept, (d / 2,)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # s, (d / 2,): 0 slowed, 1 kept
     return keep * frequencies + (1 - keep) * frequencies / rope_freq["factor"]
+
+
+LLAMA31_CONFIG_8B = {
+    **LLAMA3_CONFIG_8B,
+    "context_length": 131_072,
+    "rope_freq": {
+        "factor": 8.0,  # by how much the slow pairs are slowed
+        "low_freq_factor": 1.0,  # slow: at most this many turns in the original context
+        "high_freq_factor": 4.0,  # fast: at least this many
+        "original_context_length": 8192,  # Llama 3's
+    },
+}
+
+LLAMA31_CONFIG_70B = {
+    **LLAMA3_CONFIG_70B,
+    "context_length": 131_072,
+    "rope_freq": dict(LLAMA31_CONFIG_8B["rope_freq"]),
+}
+
+LLAMA31_CONFIG_405B = {
+    **LLAMA31_CONFIG_70B,
+    "emb_dim": 16_384,
+    "n_heads": 128,
+    "n_layers": 126,
+    "hidden_dim": 53_248,  # 2/3 of 4 D, times 1.2, rounded up to a multiple of 4096
+    "rope_freq": dict(LLAMA31_CONFIG_8B["rope_freq"]),
+}
+
+LLAMA33_CONFIG_70B = {**LLAMA31_CONFIG_70B, "rope_freq": dict(LLAMA31_CONFIG_8B["rope_freq"])}
+
+LLAMA32_CONFIG_1B = {
+    **LLAMA31_CONFIG_8B,
+    "emb_dim": 2048,
+    "n_heads": 32,  # d = D / H = 64
+    "n_layers": 16,
+    "hidden_dim": 8192,
+    "rope_freq": {**LLAMA31_CONFIG_8B["rope_freq"], "factor": 32.0},
+    "tie_embeddings": True,  # the output head is the embedding
+}
+
+LLAMA32_CONFIG_3B = {
+    **LLAMA32_CONFIG_1B,
+    "emb_dim": 3072,
+    "n_heads": 24,  # d = D / H = 128
+    "n_layers": 28,
+    "rope_freq": dict(LLAMA32_CONFIG_1B["rope_freq"]),
+}
 
 
 def as_our_state(state_dict: dict[str, Tensor], tied: bool) -> dict[str, Tensor]:
@@ -148,53 +195,6 @@ class Llama3Model(Llama2Model):
         super().to_empty(device=device, recurse=recurse)
         self.tie()
         return self
-
-
-LLAMA31_CONFIG_8B = {
-    **LLAMA3_CONFIG_8B,
-    "context_length": 131_072,
-    "rope_freq": {
-        "factor": 8.0,  # by how much the slow pairs are slowed
-        "low_freq_factor": 1.0,  # slow: at most this many turns in the original context
-        "high_freq_factor": 4.0,  # fast: at least this many
-        "original_context_length": 8192,  # Llama 3's
-    },
-}
-
-LLAMA31_CONFIG_70B = {
-    **LLAMA3_CONFIG_70B,
-    "context_length": 131_072,
-    "rope_freq": dict(LLAMA31_CONFIG_8B["rope_freq"]),
-}
-
-LLAMA31_CONFIG_405B = {
-    **LLAMA31_CONFIG_70B,
-    "emb_dim": 16_384,
-    "n_heads": 128,
-    "n_layers": 126,
-    "hidden_dim": 53_248,  # 2/3 of 4 D, times 1.2, rounded up to a multiple of 4096
-    "rope_freq": dict(LLAMA31_CONFIG_8B["rope_freq"]),
-}
-
-LLAMA33_CONFIG_70B = {**LLAMA31_CONFIG_70B, "rope_freq": dict(LLAMA31_CONFIG_8B["rope_freq"])}
-
-LLAMA32_CONFIG_1B = {
-    **LLAMA31_CONFIG_8B,
-    "emb_dim": 2048,
-    "n_heads": 32,  # d = D / H = 64
-    "n_layers": 16,
-    "hidden_dim": 8192,
-    "rope_freq": {**LLAMA31_CONFIG_8B["rope_freq"], "factor": 32.0},
-    "tie_embeddings": True,  # the output head is the embedding
-}
-
-LLAMA32_CONFIG_3B = {
-    **LLAMA32_CONFIG_1B,
-    "emb_dim": 3072,
-    "n_heads": 24,  # d = D / H = 128
-    "n_layers": 28,
-    "rope_freq": dict(LLAMA32_CONFIG_1B["rope_freq"]),
-}
 
 
 class GroupedQueryAttentionFast(GroupedQueryAttention):
