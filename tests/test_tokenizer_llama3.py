@@ -157,6 +157,20 @@ def test_bos_and_eos_stand_where_asked(tokenizer):
     assert tokenizer.decode([bos, *ids, eos]) == "<|begin_of_text|>hay<|end_of_text|>" and tokenizer.decode([]) == ""
 
 
+def test_the_counts_that_the_page_quotes(real):
+    if not LLAMA2.exists():
+        pytest.skip("Meta's Llama 2 tokenizer.model is not beside the repository")
+    page = Path(__file__).parents[1] / "ch02_llama2_to_llama3" / "02_tokenizer_and_chat.ipynb"
+    cells = ["".join(cell["source"]) for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]]
+    (source,) = [cell for cell in cells if cell.startswith("MEASURED = ")]
+    exec(source, quoted := {})  # noqa: S102
+    for text, old, new in quoted["MEASURED"].values():
+        assert (len(Llama2Tokenizer(LLAMA2).encode(text)), len(real.encode(text))) == (old, new)
+    assert real.encode("the") + real.encode(" the") == [1820, 279]
+    assert all(len(real.encode(f"{i:0{digits}}")) == 1 for digits in (1, 2, 3) for i in range(10**digits))
+    assert len(real.encode("Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n")) == 20
+
+
 # ---------------------------------------------------------------- round trips
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

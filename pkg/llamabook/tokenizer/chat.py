@@ -4,14 +4,13 @@ Written by tools/export.py: edit the notebook, not this file, then run `make exp
 """
 
 import re
-from collections.abc import Iterable
 from datetime import date
 
 from llamabook.errors import TokenizerError
-from llamabook.tokenizer.llama3 import Llama3Streamer, Llama3Tokenizer
+from llamabook.tokenizer.llama2 import Llama2ChatFormat
+from llamabook.tokenizer.llama3 import Llama3Tokenizer
 
 ROLES = ("system", "user", "assistant")
-MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()  # strftime would ask for the locale
 
 
 def messages_of(messages: list[dict], complete: bool = False) -> list[tuple[str, str]]:
@@ -31,29 +30,30 @@ def messages_of(messages: list[dict], complete: bool = False) -> list[tuple[str,
     return pairs
 
 
-class ChatFormat:
+MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()  # strftime would ask for the locale
+
+
+def with_date(pairs: list[tuple[str, str]], today: str | date) -> list[tuple[str, str]]:
+    """Messages that begin with a system message, and that with the end of the training data and the day."""
+    day = f"{today.day:02} {MONTHS[today.month - 1]} {today.year}" if isinstance(today, date) else today
+    given, rest = (pairs[0][1], pairs[1:]) if pairs[0][0] == "system" else ("", pairs)
+    return [("system", f"Cutting Knowledge Date: December 2023\nToday Date: {day}\n\n{given}"), *rest]
+
+
+class ChatFormat(Llama2ChatFormat):
     """Messages to ids in the layout that Llama 3's instruct models were trained on.
 
-    Args: today, None for Llama 3's plain layout. A date, or a text such as "26 Jul 2024", gives the layout of
-    3.1, 3.2 and 3.3: always a system block, which begins with the end of the model's knowledge and the date.
+    Args: today, None for Llama 3's plain layout; a date, or a text such as "26 Jul 2024", for that of 3.1,
+    3.2 and 3.3, see `with_date`. Raises TokenizerError if the tokenizer lacks the control tokens.
     """
 
     def __init__(self, tokenizer: Llama3Tokenizer, today: str | date | None = None):
+        super().__init__(tokenizer)
         needed = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
         if missing := [name for name in needed if name not in tokenizer.special_tokens]:
             raise TokenizerError(f"the tokenizer has no {missing[0]}: give one of an instruct model")
-        self.tokenizer = tokenizer
-        if isinstance(today, date):
-            today = f"{today.day:02} {MONTHS[today.month - 1]} {today.year}"
-        self.today = today
         self.header, self.header_end, self.turn_end = (tokenizer.special_tokens[name] for name in needed)
-        self.bos_id = None  # `encode` adds BOS itself
-        self.eos_id, self.stop_tokens = self.turn_end, tokenizer.stop_tokens
-        self.vocab_size = tokenizer.vocab_size
-
-    def encode(self, text: str) -> list[int]:
-        """One message of the user, from BOS to where the answer begins."""
-        return self.encode_dialog([{"role": "user", "content": text}])
+        self.eos_id, self.today = self.turn_end, today
 
     def encode_dialog(self, messages: list[dict], complete: bool = False) -> list[int]:
         """The ids of [{"role": ..., "content": ...}, ...] from BOS to where the answer begins.
@@ -61,13 +61,8 @@ class ChatFormat:
         Roles are system, user and assistant. With `complete` (training) the last message is the assistant's
         and nothing follows it. Raises TokenizerError, see `messages_of`.
         """
-        pairs = messages_of(messages, complete)
-        if self.today is not None:
-            given = pairs.pop(0)[1] if pairs[0][0] == "system" else ""
-            dates = f"Cutting Knowledge Date: December 2023\nToday Date: {self.today}\n\n"
-            pairs.insert(0, ("system", dates + given))
-        ids = [self.tokenizer.bos_id]
-        for role, text in pairs:
+        pairs, ids = messages_of(messages, complete), [self.tokenizer.bos_id]
+        for role, text in pairs if self.today is None else with_date(pairs, self.today):
             ids += self.start(role, text) + [self.turn_end]
         return ids if complete else ids + self.start("assistant")
 
@@ -75,14 +70,6 @@ class ChatFormat:
         """The header of a message and its text, without the end of the turn."""
         name, body = self.tokenizer.encode(role), self.tokenizer.encode(f"\n\n{text}")
         return [self.header, *name, self.header_end, *body]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, special tokens by name; `clean_text` finds the answer in it."""
-        return self.tokenizer.decode(ids)
-
-    def streamer(self) -> Llama3Streamer:
-        """A decoder that takes one id at a time and shows no special tokens."""
-        return self.tokenizer.streamer()
 
 
 START = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>")

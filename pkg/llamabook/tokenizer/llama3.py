@@ -15,17 +15,16 @@ from tiktoken import Encoding
 from llamabook.errors import TokenizerError
 from llamabook.files import why_unreadable
 
-SPLIT = "|".join(
-    (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction: it's, we'll
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, with the space or another sign before it
-        r"\p{N}{1,3}",  # up to three digits
-        r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # punctuation, with a space before it and line breaks after it
-        r"\s*[\r\n]+",  # line breaks, with white space before them
-        r"\s+(?!\S)",  # other white space, but for the last of it before a word
-        r"\s+",
-    )
+SPLIT_RULES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",  # the end of a contraction: it's, we'll
+    r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word, with the space or another sign before it
+    r"\p{N}{1,3}",  # up to three digits
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*",  # signs, with a space before them and line breaks after them
+    r"\s*[\r\n]+",  # line breaks, with white space before them
+    r"\s+(?!\S)",  # other white space, but for the last of it before a word
+    r"\s+",  # what is left of it
 )
+SPLIT = "|".join(SPLIT_RULES)
 
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # Latin-1 has a sign for them
 HIDDEN = sorted({*range(256)} - {*VISIBLE})  # white space, control codes, soft hyphen
@@ -51,7 +50,20 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
+MOST_CHARACTERS, LONGEST_RUN = 400_000, 25_000  # as in Meta's code, so that cuts fall in the same places
+
+
+def within_limits(text: str) -> Iterator[str]:
+    """The text in parts that tiktoken can take: bounded, and so is each run with or without white space."""
+    for start in range(0, len(text), MOST_CHARACTERS):
+        part = text[start : start + MOST_CHARACTERS]
+        runs = re.finditer(r"\s+|\S+", part) if len(part) > LONGEST_RUN else ()
+        cuts = [i for run in runs for i in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)]
+        yield from (part[a:b] for a, b in zip([0, *cuts], [*cuts, len(part)]))
+
+
 RESERVED = 256  # the special tokens there are
+ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")  # of a text, of a message to a tool, of a turn
 NAMED = (
     "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
     "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
@@ -63,6 +75,48 @@ def special_names() -> list[str]:
     """The names of the special tokens, in the order of their ids (Meta's, since Llama 3.2)."""
     rest = (f"reserved_special_token_{2 + i}" for i in range(RESERVED - len(NAMED)))
     return [f"<|{name}|>" for name in (*NAMED, *rest)]
+
+
+class Llama3Tokenizer:
+    """Text to token ids and back, as in Llama 3 (Grattafiori et al., 2024, section 3.2): byte-level BPE.
+
+    Args: path, a ranks file (tokenizer.model), a tokenizer.json, or the folder of one; else TokenizerError.
+    `special_tokens` has the id of each special token by its name; no text is ever encoded as one.
+    """
+
+    def __init__(self, path: str | Path):
+        ranks, special = read_tokens(Path(path))
+        self.encoding = Encoding("llama3", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=special)
+        self.ordinary = len(ranks)  # ids below are of text
+        self.special_tokens, self.special_ids = special, set(special.values())
+        self.vocab_size: int = max(self.special_ids) + 1
+        self.bos_id: int = special["<|begin_of_text|>"]
+        self.eos_id: int = special["<|end_of_text|>"]
+        self.pad_id: int | None = special.get("<|finetune_right_pad_id|>")
+        self.stop_tokens: set[int] = {special[name] for name in ENDS if name in special}
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """The ids of `text`, between BOS and EOS if asked; "<|eot_id|>" in a text is letters like others."""
+        try:
+            text.encode("utf-8")
+        except (AttributeError, UnicodeEncodeError) as error:
+            raise TokenizerError(f"only text that UTF-8 can write has tokens: {error}") from None
+        ids = [token_id for part in within_limits(text) for token_id in self.encoding.encode_ordinary(part)]
+        return [self.bos_id] * bos + ids + [self.eos_id] * eos
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`: special tokens show by name, bytes that are no UTF-8 as U+FFFD."""
+        return self.encoding.decode_bytes([self.check(i) for i in ids]).decode("utf-8", errors="replace")
+
+    def check(self, token_id: int) -> int:
+        """`token_id` as an int. Raises TokenizerError if the vocabulary does not have it."""
+        if not 0 <= token_id < self.ordinary and int(token_id) not in self.special_ids:
+            raise TokenizerError(f"token id {int(token_id)} is not among the {self.vocab_size} there are")
+        return int(token_id)
+
+    def streamer(self) -> "Llama3Streamer":
+        """A decoder that takes one id at a time and shows no special tokens."""
+        return Llama3Streamer(self)
 
 
 def read_tokenizer_json(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
@@ -106,64 +160,6 @@ def read_tokens(path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
     if missing or min(special.values()) < len(ranks):
         raise TokenizerError(f"{path} has not Llama 3's special tokens (such as <|begin_of_text|>)")
     return ranks, special
-
-
-MOST_CHARACTERS, LONGEST_RUN = 400_000, 25_000  # as in Meta's code, so that cuts fall in the same places
-
-
-def within_limits(text: str) -> Iterator[str]:
-    """The text in parts that tiktoken can take: bounded, and so is each run with or without white space."""
-    for start in range(0, len(text), MOST_CHARACTERS):
-        part = text[start : start + MOST_CHARACTERS]
-        runs = re.finditer(r"\s+|\S+", part) if len(part) > LONGEST_RUN else ()
-        cuts = [i for run in runs for i in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN)]
-        yield from (part[a:b] for a, b in zip([0, *cuts], [*cuts, len(part)]))
-
-
-class Llama3Tokenizer:
-    """Text to token ids and back, as in Llama 3 (Grattafiori et al., 2024, section 3.2): byte-level BPE.
-
-    Args: path, a ranks file (tokenizer.model), a tokenizer.json, or the folder of one; else TokenizerError.
-    `special_tokens` has the id of each special token by its name; no text is ever encoded as one.
-    """
-
-    def __init__(self, path: str | Path):
-        ranks, self.special_tokens = read_tokens(Path(path))
-        self.encoding = Encoding(
-            "llama3", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.special_tokens
-        )
-        self.special_ids = set(self.special_tokens.values())
-        self.ordinary = len(ranks)  # ids below are of text
-        self.vocab_size: int = max(self.special_ids) + 1
-        self.bos_id: int = self.special_tokens["<|begin_of_text|>"]
-        self.eos_id: int = self.special_tokens["<|end_of_text|>"]
-        self.pad_id: int | None = self.special_tokens.get("<|finetune_right_pad_id|>")
-        ends = {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"}  # of a text, a message to a tool, a turn
-        self.stop_tokens: set[int] = {i for name, i in self.special_tokens.items() if name in ends}
-
-    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
-        """The ids of `text`, between BOS and EOS if asked; "<|eot_id|>" in a text is letters like others."""
-        try:
-            text.encode("utf-8")
-        except (AttributeError, UnicodeEncodeError) as error:
-            raise TokenizerError(f"only text that UTF-8 can write has tokens: {error}") from None
-        ids = [token_id for part in within_limits(text) for token_id in self.encoding.encode_ordinary(part)]
-        return [self.bos_id] * bos + ids + [self.eos_id] * eos
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`: special tokens show by name, bytes that are no UTF-8 as U+FFFD."""
-        return self.encoding.decode_bytes([self.check(i) for i in ids]).decode("utf-8", errors="replace")
-
-    def check(self, token_id: int) -> int:
-        """`token_id` as an int. Raises TokenizerError if the vocabulary does not have it."""
-        token_id = int(token_id)
-        if not 0 <= token_id < self.ordinary and token_id not in self.special_ids:
-            raise TokenizerError(f"token id {token_id} is not among the {self.vocab_size} there are")
-        return token_id
-
-    def streamer(self) -> "Llama3Streamer":
-        """A decoder that takes one id at a time and shows no special tokens."""
-        return Llama3Streamer(self)
 
 
 class Llama3Streamer:
