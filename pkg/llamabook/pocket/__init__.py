@@ -1,7 +1,8 @@
 """Our own small models and the world they speak of, written by hand.
 
 `path(name)` is the folder of an embedded model, in the true format of its kind; `world` draws the texts it was trained
-on; `floor` measures a model against the world's entropy; `train` makes the models again.
+on, `questions` those that the instruct model learned from; `floor` measures a model against their entropy; `recipes`
+says what the models are, and `train` makes them again.
 """
 
 import json
@@ -31,7 +32,7 @@ def training_log(name: str = DEFAULT) -> list[dict]:
 
     A list of measurements with step, tokens (seen so far), seconds, loss (training, nats per token), held_out and
     floor (model and world on the same held-out texts, nats per token) and gap (their distance per document, as a share
-    of the entropy).
+    of the entropy); the instruct model's also right (the share of 200 held-out questions).
     """
     return json.loads((path(name) / "training_log.json").read_text())
 

@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from llamabook.checkpoint.huggingface import save_huggingface
 from llamabook.checkpoint.meta import save_meta
 from llamabook.files import replacing
 from llamabook.gpt import GPTModel
@@ -207,8 +208,6 @@ def _save_gpt(model: nn.Module, folder: Path) -> None:
 
 def _save_llama3(model: nn.Module, folder: Path, chats: bool = False) -> None:
     """As a Hugging Face folder; a model that chats also ends where a message ends."""
-    from llamabook.checkpoint.huggingface import save_huggingface
-
     tokenizer = load_tokenizer(folder)
     ends = sorted(tokenizer.stop_tokens) if chats else tokenizer.eos_id
     model.to(torch.bfloat16).cfg["dtype"] = torch.bfloat16
@@ -225,12 +224,12 @@ _llama3 = partial(Recipe, tokenizer=_llama3_tokenizer, save=_save_llama3)
 RECIPES = {
     "pocket-llama2": Recipe(partial(Llama2Model, LLAMA2_CONFIG), _llama2_tokenizer, _save_llama2),
     "pocket-gpt": Recipe(partial(GPTModel, GPT_CONFIG), _llama2_tokenizer, _save_gpt),
-    "pocket-llama3.2": _llama3(partial(Llama3Model, LLAMA32_CONFIG)),
+    "pocket-llama3.2": _llama3(partial(Llama3Model, LLAMA32_CONFIG), steps=7000),
     # Half of its texts are chats of the world, half questions. Gentler and shorter: it knows the world already.
     "pocket-llama3.2-instruct": _llama3(
         partial(Llama3Model, LLAMA32_CONFIG), save=partial(_save_llama3, chats=True), base="pocket-llama3.2",
         source=questions.Mix(0.5, "chat"), measure=_right, steps=1000, muon_lr=0.005, adam_lr=1e-3, decay=0.8,
     ),
     # Guesses for both of them, so it reads all that they read.
-    "pocket-draft": _llama3(partial(Llama3Model, DRAFT_CONFIG), source=questions.Mix(0.125, "document")),
+    "pocket-draft": _llama3(partial(Llama3Model, DRAFT_CONFIG), source=questions.Mix(0.125, "document"), steps=7000),
 }  # fmt: skip
