@@ -33,6 +33,12 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{path} is damaged or cut off ({reason}): download it again") from None
 
 
+def is_dense(name: object, value: object) -> bool:
+    """Whether this is a name and a tensor that holds its numbers, one behind the other."""
+    there = torch.is_tensor(value) and value.layout is torch.strided and value.device.type == "cpu"
+    return isinstance(name, str) and there
+
+
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of one file by name, mapped into memory: safetensors, or what torch.save has written.
 
@@ -49,7 +55,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     else:
         what = "is cut off, or not what its name says: safetensors, or a zip archive as torch.save writes"
         raise CheckpointError(f"{path} {what}: download it again")
-    if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+    if not isinstance(found, dict) or not all(is_dense(*entry) for entry in found.items()):
         raise CheckpointError(f"{path} is no dictionary of tensors: give a file of weights and nothing else")
     return found
 
@@ -129,7 +135,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 PLAIN = {  # key of config.json: what it is about, and the values with which the model still is a plain Llama
     "model_type": ("another architecture", ("llama",)),
-    "architectures": ("another architecture", ("LlamaForCausalLM",)),
+    "architectures": ("another architecture", ("LlamaForCausalLM", "LLaMAForCausalLM")),
     "hidden_act": ("another activation", ("silu",)),
     "attention_bias": ("biases in attention", (False,)),
     "mlp_bias": ("biases in the feed-forward", (False,)),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llamabook.checkpoint.huggingface import build_llama, check_layers, number
+from llamabook.checkpoint.huggingface import build_llama, check_layers, choose_dtype, number
 from llamabook.checkpoint.meta import load_meta, read_json, read_params, read_shards, save_meta, to_params
 from llamabook.errors import CheckpointError
 from llamabook.llama2 import head_dim_of
@@ -48,7 +48,7 @@ def read_llama3_params(folder: str | Path, shards: list[dict[str, torch.Tensor]]
         if params.get(key) not in (None, False, -1):
             what = f"asks for {about} ({key}), which no plain Llama has"
             raise CheckpointError(f"{path} {what}: give another checkpoint")
-    tied = all(equal(shard.get("output.weight"), shard["tok_embeddings.weight"]) for shard in shards)
+    tied = all(equal(shard.get("output.weight"), shard.get("tok_embeddings.weight")) for shard in shards)
     config["rope_freq"] = scaling_of(path, params, tied)
     if "max_seq_len" not in params:
         context = 131_072 if config["rope_freq"] else CONTEXTS.get(config["rope_base"], 4096)
@@ -58,10 +58,11 @@ def read_llama3_params(folder: str | Path, shards: list[dict[str, torch.Tensor]]
     return config | ({"tie_embeddings": True} if tied else {})
 
 
-def equal(head: torch.Tensor | None, table: torch.Tensor) -> bool:
-    """Whether both hold the same numbers. Most that differ do so in the first row."""
-    alike = head is not None and head.shape == table.shape and head.dtype == table.dtype
-    return alike and torch.equal(head[:1], table[:1]) and torch.equal(head, table)
+def equal(head: torch.Tensor | None, table: torch.Tensor | None) -> bool:
+    """Whether both are there and hold the same numbers. Most that differ do so in the first row."""
+    if head is None or table is None or head.shape != table.shape or head.dtype != table.dtype:
+        return False
+    return torch.equal(head[:1], table[:1]) and torch.equal(head, table)
 
 
 def load_llama3_meta(
@@ -73,9 +74,11 @@ def load_llama3_meta(
     Args: path, the folder; config, used instead of params.json; dtype, None for the files' own.
     Raises CheckpointError.
     """
-    shards = read_shards(path)
+    path, shards = Path(path), read_shards(path)
     config = read_llama3_params(path, shards) if config is None else config
-    check_layers(Path(path), shards[0], config)
+    check_layers(path, shards[0], config)
+    for shard in shards:
+        choose_dtype(path, shard, torch.float32, None)  # refuses what is no plain floating point
     return load_meta(path, config, device, dtype, model_class=build_llama)
 
 
