@@ -24,7 +24,7 @@ COMPANIONS = (  # files that go where the weights go
     "chat_template.jinja",
 )
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ENDINGS = {".json", ".safetensors", ".bin", ".pth", ".pt", ".model", ".jinja", ".md", ".txt"}
+ENDINGS = {".json", ".safetensors", ".bin", ".pth", ".pt", ".model", ".jinja"}  # what --force may replace
 
 
 def convert(

@@ -277,6 +277,13 @@ LEFT_OUT = re.compile(  # what we compute ourselves and some files store: angles
 )
 
 
+def equal(head: torch.Tensor | None, table: torch.Tensor | None) -> bool:
+    """Whether both are there and hold the same numbers. Most that differ do so in the first row."""
+    if head is None or table is None or head.shape != table.shape or head.dtype != table.dtype:
+        return False
+    return torch.equal(head[:1], table[:1]) and torch.equal(head, table)
+
+
 def match_names(where: Path, tensors: dict, names: dict[str, str], tied: bool) -> dict[str, str]:
     """The part of `names` (theirs: ours) to be loaded: all, less the head if it is tied to the table.
 
@@ -292,7 +299,7 @@ def match_names(where: Path, tensors: dict, names: dict[str, str], tied: bool) -
         if found:
             what = what.format(str(found[0])[:80] + (f" and {len(found) - 1} more" if found[1:] else ""))
             raise CheckpointError(f"{where} {what}: use the configuration and files of one model")
-    if tied and head in tensors and not torch.equal(tensors[head], tensors[table]):
+    if tied and head in tensors and not equal(tensors[head], tensors[table]):
         what = f"{head} differs from {table}, but the configuration ties them"
         raise CheckpointError(f"{where}: {what}: set tie_word_embeddings to false, or download it again")
     return wanted

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llamabook.checkpoint.huggingface import build_llama, check_layers, choose_dtype, number
+from llamabook.checkpoint.huggingface import build_llama, check_layers, choose_dtype, equal, number
 from llamabook.checkpoint.meta import load_meta, read_json, read_params, read_shards, save_meta, to_params
 from llamabook.errors import CheckpointError
 from llamabook.llama2 import head_dim_of
@@ -56,13 +56,6 @@ def read_llama3_params(folder: str | Path, shards: list[dict[str, torch.Tensor]]
     if params.get("head_dim", head_dim_of(config)) != head_dim_of(config):
         config["head_dim"] = params["head_dim"]
     return config | ({"tie_embeddings": True} if tied else {})
-
-
-def equal(head: torch.Tensor | None, table: torch.Tensor | None) -> bool:
-    """Whether both are there and hold the same numbers. Most that differ do so in the first row."""
-    if head is None or table is None or head.shape != table.shape or head.dtype != table.dtype:
-        return False
-    return torch.equal(head[:1], table[:1]) and torch.equal(head, table)
 
 
 def load_llama3_meta(
