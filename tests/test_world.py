@@ -187,7 +187,7 @@ def test_characters_places_and_things_stay_the_same(documents):
 
 def test_kinds_come_in_their_proportions(documents):
     share = collections.Counter(d.kind for d in documents)
-    for kind, weight in zip(world.KINDS, (0.60, 0.10, 0.12, 0.18)):
+    for kind, weight in zip(world.KINDS, (0.64, 0.08, 0.12, 0.16)):
         assert abs(share[kind] / len(documents) - weight) < 4 * math.sqrt(weight * (1 - weight) / len(documents))
 
 

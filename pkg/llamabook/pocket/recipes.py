@@ -87,7 +87,7 @@ class Recipe:
     muon_lr: float = 0.02
     adam_lr: float = 5e-3
     warmup: int = 100
-    decay: float = 0.6  # the last share of the steps, over which the learning rates fall to zero
+    decay: float = 0.75  # the last share of the steps, over which the learning rates fall to zero
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------------------------

@@ -48,12 +48,8 @@ LEXICONS = {
     "strangers": _names("Amira Olga Sofia Vera", "Marco Igor Anton Samir"),
     "llamas": _names("Misty Olive Cleo Mocha Maple Ginger Hazel Daisy", "Dusty Coco Pepper Bruno Rocky Biscuit Bandit Domino"),
     "crias": _names("Luna Dot Willow Snow", "Ziggy Pip Puck Button"),
-    "places": _places(
-        **{
-            "in": "barn meadow orchard stable forest garden valley village field",
-            "by": "river pond well gate mill lake bridge hill house school church",
-        }
-    ),
+    "homes": _places(**{"in": "meadow orchard stable garden valley", "by": "mill lake school"}),
+    "places": _places(**{"in": "barn forest village field", "by": "river pond well gate bridge hill house church"}),
     "objects": _plain("bell,key,map,drum,flute,kite,boot,book,ribbon,comb,whistle,coin,spoon,letter,mirror,ring"),
     "tools": _plain("hammer,ladder,rope,bucket,basket,lantern,brush,broom,saddle,blanket,candle,sack"),
     "foods": _plain("hay,grass,clover,alfalfa,oats,barley,corn,leaves,straw,beans"),
@@ -110,7 +106,7 @@ LEXICONS = {
 
 SLOTS = {
     "hero": "people", "friend": "friends", "stranger": "strangers", "llama": "llamas", "cria": "crias",
-    "place": "places", "object": "objects", "tool": "tools", "treat": "treats", "verb": "verbs",
+    "place": "homes", "object": "objects", "tool": "tools", "treat": "treats", "verb": "verbs",
     "animal": "animals", "beast": "animals",
 }  # fmt: skip
 
@@ -157,10 +153,7 @@ STORY_RULES = {
         "The {jobs} waved at them {ways}.",
         "They walked {ways} around the {place}.",
     ],
-    "plot": [
-        "<lost>", "<hungry>", "<storm>", "<wool>", "<race>", "<visitor>", "<birth>", "<night>", "<letter>", "<stubborn>",
-        "<feast>", "<song>",
-    ],  # fmt: skip
+    "plot": ["<lost>", "<hungry>", "<storm>", "<wool>", "<race>", "<visitor>", "<birth>", "<night>"],
     # -- something is lost
     "lost": ["<lost_what> <search> <found>", "<lost_what> <ask> <found>", "<lost_what> <search> <ask> <found>"],
     "lost_what": [
@@ -183,7 +176,7 @@ STORY_RULES = {
         "At last {llama} found the {object} {places.at}.",
         "Then something moved {places.at}, and there lay the {object}. {hero} hugged {llama}.",
         "In the end the {object} was {places.at}, and {llama} was sitting on it.",
-        "{friend} had kept the {object} safe {places.at}. \"I was waiting for you,\" said {friend}.",
+        "{friends} had kept the {object} safe {places.at}, and was waiting for them.",
     ],
     # -- the llama is hungry
     "hungry": [
@@ -366,113 +359,9 @@ STORY_RULES = {
     ],
     "night_end": [
         "It was only a {traits} {animals}, looking for {foods}.",
-        "It was {friend}, who had lost {friend.his} {objects}. They all laughed.",
+        "It was {friends}, who had lost a {objects}. They all laughed.",
         "Behind the door they found {numbers} {animals.plural}, fast asleep.",
         "It was the old {tools}, moving in the wind.",
-    ],
-    # -- a letter
-    "letter": [
-        "<letter_task> <letter_way> <letter_end>", "<letter_task> <letter_danger> <letter_end>",
-        "<letter_task> <letter_way> <letter_danger> <letter_end>",
-    ],  # fmt: skip
-    "letter_task": [
-        "That day they had to bring a message to {friend}.",
-        "They had to carry a letter to {friend}, who lived beyond the {places}.",
-        "In {hero.his} pocket {hero} had a secret letter for {friend}.",
-    ],
-    "letter_way": [
-        "They went past the {places} and saw {sights}.",
-        "They lost the way {places.at} and asked a {jobs}.",
-        "{llama} stopped {numbers} times to eat {foods}.",
-    ],
-    "letter_danger": [
-        "{Animals.a} wanted to eat the letter, but {llama} was faster.",
-        "It rained, and {hero} hid the letter under a {products}.",
-        "The wind took the letter, and {llama} ran after it.",
-    ],
-    "letter_end": [
-        "When {friend} read the letter, {friend.he} began to {verbs}.",
-        "\"Thank you,\" said {friend}, and gave them {treats}.",
-        "The letter said only this: \"Come to the {places} and bring {llama}.\"",
-        "{friend} wrote an answer at once, and {llama} carried it home {ways}.",
-    ],
-    # -- a stubborn llama
-    "stubborn": [
-        "<stub_stop> <stub_try> <stub_end>", "<stub_stop> <stub_help> <stub_end>",
-        "<stub_stop> <stub_try> <stub_help> <stub_end>",
-    ],  # fmt: skip
-    "stub_stop": [
-        "Near the {places} {llama} stopped and would not move.",
-        "Then {llama} lay down {places.at} and closed {llama.his} eyes.",
-        "\"No,\" said the eyes of {llama}, and {llama.he} sat down {places.at}.",
-    ],
-    "stub_try": [
-        "{hero} pulled and pushed, but nothing moved.",
-        "{hero} promised {treats}. {llama} yawned.",
-        "They tried to {verbs} in front of {llama.him}.",
-    ],
-    "stub_help": [
-        "A {jobs} came by and gave them {traits} advice.",
-        "{hero} waited for {numbers} minutes.",
-        "{friends} told a joke, but nobody laughed.",
-    ],
-    "stub_end": [
-        "Then {hero} went away {ways}, and {llama} came after {hero.him} at once.",
-        "Then {animals.a} came by, and {llama} ran all the way home.",
-        "In the end they slept there, under the stars.",
-        "At last {hero} put the heavy {tools} down. That was all {llama} had wanted.",
-    ],
-    # -- a feast
-    "feast": [
-        "<feast_why> <feast_bring> <feast_end>", "<feast_why> <feast_play> <feast_end>",
-        "<feast_why> <feast_bring> <feast_play> <feast_end>",
-    ],  # fmt: skip
-    "feast_why": [
-        "It was the birthday of {llama}, who was {numbers} years old.",
-        "The whole village came together for the feast of {seasons}.",
-        "{hero} wanted to make a party for {friends}.",
-    ],
-    "feast_bring": [
-        "The neighbours brought {treats} and a {colors} {products}.",
-        "The {jobs} baked a cake with {treats}.",
-        "They hung lamps {places.at}.",
-    ],
-    "feast_play": [
-        "Somebody played the flute, and the {animals.plural} danced.",
-        "{Numbers} guests sat down {places.at}.",
-        "{friends} told a story about {sights}.",
-    ],
-    "feast_end": [
-        "{llama} ate the cake, and nobody was angry.",
-        "They danced until the morning {places.at}.",
-        "The best gift was a {traits} {animals}.",
-        "\"This was the best day of the year,\" said {hero}.",
-    ],
-    # -- a song
-    "song": [
-        "<song_start> <song_learn> <song_end>", "<song_start> <song_trouble> <song_end>",
-        "<song_start> <song_learn> <song_trouble> <song_end>",
-    ],  # fmt: skip
-    "song_start": [
-        "{hero} wanted to teach {llama} a song.",
-        "{llama} hummed a tune that nobody knew.",
-        "The {jobs} was looking for a singer.",
-    ],
-    "song_learn": [
-        "They practised {places.at} for {numbers} days.",
-        "{llama} could only sing about {foods}.",
-        "{friends} clapped {ways}.",
-    ],
-    "song_trouble": [
-        "The {animals} covered its ears.",
-        "\"Once more,\" said {hero}, \"and not so {moods}!\"",
-        "It sounded like an old {tools}.",
-    ],
-    "song_end": [
-        "When {llama} sang {places.at}, even the {animals.plural} were silent.",
-        "Since then the song of {llama} is known in {numbers} villages.",
-        "In the end they all sang together, and the {places} rang with it.",
-        "{llama} forgot the words and {verbs.past} instead.",
     ],
     "closing": [
         "In the evening {hero} brought {llama} home from the {place}.",
@@ -555,7 +444,7 @@ CHAT_RULES = {
 
 GRAMMAR = Grammar(
     rules={
-        "document": [(60, "<story>"), (10, "<facts>"), (12, "<questions>"), (18, "<chat>")],
+        "document": [(64, "<story>"), (8, "<facts>"), (12, "<questions>"), (16, "<chat>")],
         **STORY_RULES, **FACT_RULES, **QUESTION_RULES, **CHAT_RULES,
     },
     lexicons=LEXICONS,
