@@ -14,67 +14,30 @@ import sys
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import torch
+from small_llamas import shown, write_llama2, write_llama3
 
 import llamabook
 from llamabook.checkpoint import load_model
-from llamabook.checkpoint.meta import save_meta
 from llamabook.cli import main
 from llamabook.cli.run import Page
 from llamabook.generate import generate, text_to_token_ids, token_ids_to_text
-from llamabook.llama2 import Llama2Model
-from llamabook.tokenizer import Llama2ChatFormat, load_tokenizer
+from llamabook.tokenizer import ChatFormat, Llama2ChatFormat, load_tokenizer
 
 PACKAGE = Path(llamabook.__file__).resolve().parent.parent
-SENTENCES = [
-    "The old llama walks slowly to the green pond behind the barn.",
-    "A young farmer brings fresh hay, and the llamas eat it at once.",
-    "In the evening the sheep and the goats come home over the hill.",
-    "What do llamas eat? They eat grass, hay and a carrot on Sundays.",
-]
 CONTEXT = 64
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """A checkpoint in Meta's layout: random weights large enough that texts vary, and a tokenizer with bytes."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20),
-        model_writer=tokenizer,
-        model_type="bpe",
-        vocab_size=400,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        remove_extra_whitespaces=False,
-        normalization_rule_name="identity",
-        minloglevel=2,
-    )
-    (folder / "tokenizer.model").write_bytes(tokenizer.getvalue())
-    vocab_size = load_tokenizer(folder).vocab_size
-    model = Llama2Model(
-        {
-            "vocab_size": vocab_size,
-            "context_length": CONTEXT,
-            "emb_dim": 32,
-            "n_heads": 2,
-            "n_layers": 2,
-            "hidden_dim": 64,
-            "n_kv_groups": 2,
-            "rope_base": 10_000.0,
-            "rope_freq": None,
-            "dtype": torch.float32,
-        }
-    )
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.copy_(torch.empty_like(parameter).normal_(std=0.3, generator=generator))
-    save_meta(model, folder)
-    return folder
+    """A checkpoint in Meta's layout: random weights, and a tokenizer with bytes."""
+    return write_llama2(tmp_path_factory.mktemp("checkpoint"), CONTEXT)
+
+
+@pytest.fixture(scope="session")
+def llama3(tmp_path_factory) -> Path:
+    """A Llama 3.2 in Hugging Face's layout, and a ranks file."""
+    return write_llama3(tmp_path_factory.mktemp("llama3"), CONTEXT)
 
 
 @pytest.fixture
@@ -205,6 +168,37 @@ def test_a_chat_prints_the_reply_only(cli, folder):
     assert (code, out) == (0, token_ids_to_text(ids, tokenizer) + "\n")
 
 
+@pytest.mark.parametrize("flag", ["--prompt", "--chat"])
+def test_a_llama_3_speaks_with_its_own_tokenizer_and_format(flag, cli, llama3):
+    """The text is that of `generate`; control tokens are not shown, and one that ends the text ends it."""
+    tokenizer, model = load_tokenizer(llama3), load_model(llama3)
+    prompt = ChatFormat(tokenizer).encode("Hay?") if flag == "--chat" else tokenizer.encode("Hay?", bos=True)
+    ids = generate(model, torch.tensor([prompt]), 20, CONTEXT, eos_id=tokenizer.stop_tokens)[0].tolist()
+    text = shown(tokenizer, ids[len(prompt) * (flag == "--chat") :])
+    flags = ["--prompt", "Hay?", *(["--chat"] if flag == "--chat" else []), "--max_new_tokens", 20, "--temperature", 0]
+    assert cli("--checkpoint_path", str(llama3), *flags)[:2] == (0, text + "\n")
+    assert cli("--checkpoint_path", str(llama3 / "model.safetensors"), *flags)[:2] == (0, text + "\n")
+
+
+def test_dtype_is_the_type_of_the_weights(cli, monkeypatch):
+    seen = []
+    monkeypatch.setattr("llamabook.checkpoint.load_model", lambda *args, dtype, **more: seen.append(dtype) or 1 / 0)
+    for flags in ([], ["--dtype", "bfloat16"], ["--dtype=float16"]):
+        with pytest.raises(ZeroDivisionError):
+            cli(*flags)
+    assert seen == [None, torch.bfloat16, torch.float16]
+
+
+def test_a_tokenizer_is_found_where_meta_puts_it(folder, tmp_path, cli):
+    """Meta's own download has the tokenizer one folder up from the weights."""
+    (tmp_path / "llama-2").mkdir()
+    for name in ("consolidated.00.pth", "params.json"):
+        (tmp_path / "llama-2" / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tokenizer.model").read_bytes())
+    flags = ["--max_new_tokens", 5, "--temperature", 0]
+    assert cli("--checkpoint_path", tmp_path / "llama-2", *flags)[:2] == cli(*flags)[:2]
+
+
 def test_the_weight_file_is_as_good_as_its_folder(cli, folder):
     expected = cli("--max_new_tokens", 5, "--temperature", 0)[1]
     file = folder / "consolidated.00.pth"
@@ -284,6 +278,11 @@ def test_no_words_at_all_show_the_help(capsys):
         (["train", "pocket-llama2", "--steps", "0"], ["--steps is 0"]),
         (["train", "pocket-llama2", "--output", "--steps=3"], ["--output", "needs a value"]),
         (["generate", "--prompt", "\udcff"], ["UTF-8"]),
+        (["generate", "--dtype", "half"], ["--dtype is 'half'", "bfloat16"]),
+        (["generate", "--dtype", "--seed=3"], ["--dtype", "needs a value"]),
+        (["chat", "--top_k", "0"], ["--top_k is 0"]),
+        (["download"], ["REPO_OR_URL"]),
+        (["download", "model"], ["neither a repository"]),
         (["generate", "--device", "toaster"], ["--device is 'toaster'"]),
         (["generate", "--device", "cuda:x"], ["--device is 'cuda:x'"]),
         (["generate", "--device", "cuda:99"], ["--device is 'cuda:99'", "--device cpu"]),
@@ -447,8 +446,8 @@ def test_a_reader_that_hangs_up_is_no_error(folder):
 def test_train_hands_over_its_flags_and_says_what_comes_next(monkeypatch, tmp_path, capsys):
     calls = []
 
-    def train(name, output, *, steps, resume, log):
-        calls.append((name, output, steps, resume))
+    def train(name, output, *, base, steps, resume, log):
+        calls.append((name, output, base, steps, resume))
         log("step 1/1")
         (tmp_path / "consolidated.00.pth").touch()
         return tmp_path
@@ -456,10 +455,16 @@ def test_train_hands_over_its_flags_and_says_what_comes_next(monkeypatch, tmp_pa
     monkeypatch.setattr("llamabook.pocket.train.train", train)
     assert main(["train", "pocket-llama2"]) == 0
     assert main(["train", "pocket-gpt", "--output", str(tmp_path), "--steps=3", "--restart"]) == 0
-    assert calls == [("pocket-llama2", None, None, True), ("pocket-gpt", tmp_path, 3, False)]
+    assert main(["train", "pocket-llama3.2-instruct", "--base", str(tmp_path)]) == 0
+    assert calls == [
+        ("pocket-llama2", None, None, None, True),
+        ("pocket-gpt", tmp_path, None, 3, False),
+        ("pocket-llama3.2-instruct", None, tmp_path, None, True),
+    ]
     out, _ = capsys.readouterr()
     assert out.splitlines()[0] == "step 1/1"
     assert out.splitlines()[2] == f"Next: python -m llamabook generate --checkpoint_path {tmp_path}"
+    assert out.splitlines()[-1] == f"Next: python -m llamabook chat --checkpoint_path {tmp_path}"
 
 
 def test_an_interrupted_training_says_how_to_go_on(monkeypatch, capsys):

@@ -4,6 +4,7 @@ Everything is served on this machine: `bad_web` is a server that cuts, refuses a
 Hugging Face made of it. No test touches a network.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -337,6 +338,26 @@ def test_a_path_that_is_here_is_told_apart():
     fails(lambda: download("./mine/model.pth"), "it is here already", "convert")
 
 
+def test_a_login_page_in_the_middle_costs_nothing(server):
+    url = server.put("/model.pth", BODY, headers={"ETag": '"one"'}, cuts=[120_000])
+    page = server.pages["/model.pth"]
+    server.pages["/model.pth"] = lambda headers: Page(PAGE, headers={"Content-Type": "text/html"}) if "range" in headers else page
+    fails(lambda: download(url), "a web page all of a sudden")
+    server.pages["/model.pth"] = page
+    assert download(url).read_bytes() == BODY
+    assert server.ranges("/model.pth")[-1] == "bytes=120000-", "what had come is not lost"
+
+
+def test_a_server_that_compresses_unasked(server):
+    packed = gzip.compress(BODY)
+    url = server.put("/model.pth", packed, headers={"Content-Encoding": "gzip", "ETag": '"one"'}, cuts=[100_000])
+    assert download(url).read_bytes() == BODY
+    assert server.ranges("/model.pth") == [None, None], "a part of what is compressed is no part of the file"
+    server.put("/other.pth", packed[:1000] + b"?" * 1000 + packed[2000:], headers={"Content-Encoding": "gzip"})
+    fails(lambda: download(server.url + "/other.pth"), "compression")
+    assert everything() == ["model.pth"]
+
+
 # Repositories of Hugging Face
 
 FILES = {
@@ -494,7 +515,7 @@ def test_a_repository_with_terms(hub, monkeypatch):
     fails(lambda: download("org/name"), "org/name is gated: accept its terms at", "hf auth login", "HF_TOKEN")
     fails(lambda: download(f"{hub.url}/org/name/resolve/main/config.json"), "is gated")
     monkeypatch.setenv("HF_TOKEN", "hf_stranger")
-    fails(lambda: download("org/name"), "gated and your account has no access")
+    fails(lambda: download("org/name"), "gated and your account has no access yet")
     assert everything() == []
     monkeypatch.setenv("HF_TOKEN", "hf_granted")
     assert download("org/name").is_dir()
@@ -609,6 +630,90 @@ def test_ctrl_c_says_how_to_go_on(server, monkeypatch, capsys):
     assert not Path("model.pth").exists()
 
 
+# From a name to a folder that runs
+
+
+def text_of(path: Path, capsys) -> str:
+    """What the model in `path` writes, greedily."""
+    flags = ["--prompt", "The old llama", "--max_new_tokens", "8", "--temperature", "0", "--device", "cpu"]
+    assert main(["generate", "--checkpoint_path", str(path), *flags]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> dict[str, Path]:
+    """The same kinds of checkpoint as they are published: safetensors, PyTorch's .bin, and Meta's layout."""
+    import torch
+    from safetensors.torch import load_file
+    from small_llamas import write_llama2, write_llama3
+
+    home = tmp_path_factory.mktemp("published")
+    llama3 = write_llama3(home / "safetensors", 128)
+    binary = home / "bin"
+    binary.mkdir()
+    for name in ("config.json", "tokenizer.model"):
+        (binary / name).write_bytes((llama3 / name).read_bytes())
+    torch.save(load_file(llama3 / "model.safetensors"), binary / "pytorch_model.bin")
+    return {"safetensors": llama3, "bin": binary, "meta": write_llama2(home / "meta", 128)}
+
+
+def publish(hub, folder: Path, **more) -> None:
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "training_log.json"}
+    large = [name for name in files if name.endswith((".safetensors", ".bin", ".pth"))]
+    hub.repository("org/name", files, lfs=large, **more)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "meta"])
+def test_from_a_name_to_a_folder_that_runs(kind, originals, hub, capsys):
+    publish(hub, originals[kind])
+    folder, original = Path("checkpoints/org/name"), Path("checkpoints/org/name-original")
+    code, out, err = run("org/name", "--convert", capsys=capsys)
+    assert (code, out) == (0, f"{folder}\n"), err
+    assert f"generate --checkpoint_path {folder}" in err
+    assert {"config.json", "model.safetensors", "tokenizer.model"} == {path.name for path in folder.iterdir()}
+    assert original.exists() == (kind != "safetensors")
+    assert text_of(folder, capsys) == text_of(originals[kind], capsys)
+    before = {path: path.stat().st_mtime_ns for path in Path(".").rglob("*")}
+    hub.log.clear()
+    assert run("org/name", "--convert", capsys=capsys)[:2] == (0, f"{folder}\n")
+    assert {path: path.stat().st_mtime_ns for path in Path(".").rglob("*")} == before, "all is there already"
+    assert not [path for path, _ in hub.log if "/resolve/" in path]
+
+
+def test_what_was_downloaded_before_is_converted_now(originals, hub, capsys):
+    publish(hub, originals["bin"])
+    assert run("org/name", capsys=capsys)[0] == 0
+    hub.log.clear()
+    assert run("org/name", "--convert", capsys=capsys)[0] == 0
+    assert not [path for path, _ in hub.log if "/resolve/" in path]
+    assert Path("checkpoints/org/name/model.safetensors").exists()
+    assert Path("checkpoints/org/name-original/pytorch_model.bin").exists()
+
+
+def test_a_conversion_that_is_stopped_is_made_up_for(originals, hub, capsys, monkeypatch):
+    publish(hub, originals["meta"])
+    with monkeypatch.context() as patch:
+        patch.setattr("llamabook.checkpoint.convert.write", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run("org/name", "--convert", capsys=capsys)[0] == 130
+    assert not Path("checkpoints/org/name").exists()
+    hub.log.clear()
+    assert run("org/name", "--convert", capsys=capsys)[0] == 0
+    assert not [path for path, _ in hub.log if "/resolve/" in path], "what was downloaded is used"
+    assert Path("checkpoints/org/name/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_an_architecture_that_we_lack_is_refused_before_its_weights_come(kind, originals, hub, capsys):
+    config = json.loads((originals[kind] / "config.json").read_text()) | {"model_type": "mixtral"}
+    files = {path.name: path.read_bytes() for path in originals[kind].iterdir()}
+    files["config.json"] = json.dumps(config).encode()
+    hub.repository("org/name", files, lfs=["model.safetensors", "pytorch_model.bin"])
+    code, out, err = run("org/name", "--convert", capsys=capsys)
+    assert (code, out) == (2, "") and "mixtral" in err.splitlines()[-1]
+    assert not [path for path in hub.pages if path.startswith("/blobs/") and hub.count(path)]
+    assert not list(Path("checkpoints").rglob("*.*"))
+
+
 # Killed at any point
 
 
@@ -621,7 +726,7 @@ def start(*words: str, endpoint: str = "") -> subprocess.Popen:
 
 
 def wait_for(condition, process) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
 
@@ -637,7 +742,7 @@ def test_after_a_kill_the_same_command_completes_the_file(server):
         assert not Path("model.pth").exists(), "a name stands for a whole file"
     server.pages["/model.pth"].pause = 0
     process = start(url)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert (process.returncode, out, err) == (0, "model.pth\n", "")
     assert Path("model.pth").read_bytes() == BODY and everything() == ["model.pth"]
     assert int(server.ranges("/model.pth")[-1].strip("bytes=-")) > 150_000
@@ -655,7 +760,7 @@ def test_after_a_kill_the_same_command_completes_the_repository(hub):
     assert not Path("checkpoints/org/name").exists() and Path("checkpoints/org/name.part").is_dir()
     blob.pause = 0
     process = start("org/name", endpoint=hub.url)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 0 and everything() == HERE
     assert hub.ranges(f"/blobs/{SHA256}")[-1] is not None
 

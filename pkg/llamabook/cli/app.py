@@ -190,7 +190,9 @@ def chat(
     checkpoint_path: CheckpointPath = None,
     system: Annotated[
         Optional[str],
-        typer.Option("--system", metavar="TEXT", help="What the model is told before the first message.", callback=not_a_flag),
+        typer.Option(
+            "--system", metavar="TEXT", help="What the model is told before the first message.", callback=not_a_flag
+        ),
     ] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.6,

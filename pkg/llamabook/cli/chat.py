@@ -145,7 +145,7 @@ class Memory:
         return ids
 
     def prompt(self, question: str) -> tuple[list[int], int]:
-        """The ids of the prompt, and how many of the oldest exchanges had to be forgotten for it. May raise as `encode`."""
+        """The ids of the prompt, and how many of the oldest exchanges had to be forgotten. May raise as `encode`."""
         alone = self.encode(question, [])
         for forgotten in range(len(self.exchanges)):
             try:

@@ -93,13 +93,13 @@ class Speaker:
             dtype = dtype or torch.float32  # small, and the same text on more machines
         config = load_config(path)
         self.model = load_model(path, config=config, device=self.device, dtype=dtype)
-        self.tokenizer = load_tokenizer(path if path.is_dir() else path.parent)
+        self.tokenizer = load_tokenizer(tokenizer_folder(path))
         if self.tokenizer.vocab_size > config["vocab_size"]:
             raise CheckpointError(
                 f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens and the model {config['vocab_size']}, "
                 "so they do not belong together: put the model's own tokenizer beside it"
             )
-        self.name = path.name if path.is_dir() else path.parent.name
+        self.name = (path if path.is_dir() else path.parent).resolve().name
         self.context_length = config["context_length"]
         self.chat = chat_format(self.tokenizer) if chat else None
 
@@ -147,6 +147,16 @@ class Speaker:
         write(streamer.flush())
         ended = bool(drawn) and drawn[-1] in self.tokenizer.stop_tokens
         return Spoken(drawn, seconds, ended, cut=room < sampling.max_new_tokens and not ended)
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """Where the tokenizer of a checkpoint is: beside the weights, or where Meta's own downloads put it."""
+    folder = path if path.is_dir() else path.parent
+    places = [folder, folder / "original"]
+    if any(folder.glob("consolidated.*.pth")):
+        places.append(folder.resolve().parent)
+    names = ("tokenizer.model", "tokenizer.json")
+    return next((place for place in places if any((place / name).exists() for name in names)), folder)
 
 
 def pick_device(name: str | None) -> str:

@@ -44,4 +44,5 @@ def download(
         return carry_out(plan(wanted, include), folder, force=force)
     if include or revision is not None:
         raise InputError("--include and --revision go with a repository, and this is the address of one file")
-    return fetch(wanted.url, wanted.target(output), sha256=sha256, force=force, explain=wanted.explain, login=wanted.login)
+    target = wanted.target(output)
+    return fetch(wanted.url, target, sha256=sha256, force=force, explain=wanted.explain, login=wanted.login)

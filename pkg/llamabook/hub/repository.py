@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 from glob import escape
 from pathlib import Path
 
-from llamabook.errors import DownloadError, InputError
+from llamabook.errors import DownloadError, InputError, LlamaBookError
 from llamabook.hub.source import Repository, endpoint, find_login, load_hub
 from llamabook.hub.web import check_space, fetch, hash_file, look, megabytes, reason
 
@@ -105,7 +105,8 @@ def explained(repository: Repository) -> Iterator[None]:
         if isinstance(error, OSError) or type(error).__module__.split(".")[0] in ("httpx", "httpx2", "requests"):
             raise DownloadError(f"{endpoint()} can't be reached: {reason(error)}: check the connection") from None
         if isinstance(error, (ValueError, KeyError, TypeError)):  # not JSON, or another one
-            raise DownloadError(f"{endpoint()} does not answer as Hugging Face does: check HF_ENDPOINT and proxy") from None
+            what = "does not answer as Hugging Face does"
+            raise DownloadError(f"{endpoint()} {what}: check HF_ENDPOINT and proxy") from None
         raise
 
 
@@ -170,7 +171,8 @@ def plan(repository: Repository, include: Iterable[str] = ()) -> Plan:
         chosen = choose(files, include)
     except InputError as error:
         raise InputError(f"{repository.name}: {error}") from None
-    return Plan(repository, commit, tuple(file if file.size is not None else ask(repository, commit, file) for file in chosen))
+    known = (file if file.size is not None else ask(repository, commit, file) for file in chosen)
+    return Plan(repository, commit, tuple(known))
 
 
 def ask(repository: Repository, commit: str, file: File) -> File:
@@ -179,13 +181,21 @@ def ask(repository: Repository, commit: str, file: File) -> File:
     return replace(file, size=offer.size, sha256=offer.sha256)
 
 
-def carry_out(plan: Plan, folder: Path, *, force: bool = False, say: Callable[[str], None] | None = None) -> Path:
+def carry_out(
+    plan: Plan,
+    folder: Path,
+    *,
+    force: bool = False,
+    say: Callable[[str], None] | None = None,
+    check: Callable[[Path], object] | None = None,
+) -> Path:
     """Bring the files of `plan` to `folder`, and return it. Raises DownloadError or InputError.
 
     A new folder appears when all is there; until then it is called NAME.part. In a folder that exists, files of
-    other contents are only replaced with `force`. `say` gets a line about what is going to happen.
+    other contents are only replaced with `force`. `say` gets a line about what is going to happen; `check` gets
+    the path of config.json before anything large is fetched, and may raise.
     """
-    return Fetcher(plan, folder, force).run(say)
+    return Fetcher(plan, folder, force).run(say, check)
 
 
 class Fetcher:
@@ -197,7 +207,7 @@ class Fetcher:
         self.waiting = self.folder.with_name(self.folder.name + ".part")
         self.login = find_login()
 
-    def run(self, say: Callable[[str], None] | None) -> Path:
+    def run(self, say: Callable[[str], None] | None, check: Callable[[Path], object] | None) -> Path:
         """Fetch what is missing, then show it under its final name."""
         if self.folder.exists() and not self.folder.is_dir():
             raise InputError(f"{self.folder} is a file: name a folder with --output")
@@ -208,11 +218,21 @@ class Fetcher:
             if say:
                 count = "1 file" if len(missing) == 1 else f"{len(missing)} files"
                 say(f"{self.plan.repository.name}: {count}, {megabytes(rest)} to come")
-            for file in missing:
+            for file in sorted(missing, key=lambda file: file.size or 0):
                 self.fetch(file)
+                if check and file.path == "config.json":
+                    self.approve(check)
             self.publish(missing)
         shutil.rmtree(self.waiting, ignore_errors=True)
         return self.folder
+
+    def approve(self, check: Callable[[Path], object]) -> None:
+        """Call `check`; if it objects, what has arrived is of no use."""
+        try:
+            check(self.waiting / "config.json")
+        except LlamaBookError:
+            shutil.rmtree(self.waiting)
+            raise
 
     def other(self, path: Path) -> DownloadError:
         """The error for a file that we may not replace."""

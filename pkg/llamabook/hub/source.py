@@ -49,8 +49,9 @@ class Repository:
             return "Hugging Face does not know your token: run `hf auth login` again, or correct HF_TOKEN"
         if code == "GatedRepo" or (status == 403 and not code):
             if find_login():
-                return f"{self.name} is gated and your account has no access: ask for it at {page}, wait for the grant, try again"
-            return f"{self.name} is gated: accept its terms at {page}, then run `hf auth login` or set HF_TOKEN, and try again"
+                return f"{self.name} is gated and your account has no access yet: ask for it at {page} and try again later"
+            advice = f"accept its terms at {page}, run `hf auth login` or set HF_TOKEN, and try again"
+            return f"{self.name} is gated: {advice}"
         if code == "RevisionNotFound":
             return f"{self.name} has no branch, tag or commit {self.revision!r}: see {page}"
         if code == "EntryNotFound" or (status == 404 and not code):

@@ -63,11 +63,6 @@ class Offer:
         """Eight characters that stand for these contents."""
         return hashlib.sha256((self.sha256 or f"{self.stamp}|{self.size}").encode()).hexdigest()[:8]
 
-    @property
-    def resumable(self) -> bool:
-        """Whether a second half may be taken to belong to a first."""
-        return bool(self.sha256 or self.stamp or self.size)
-
 
 def fetch(
     url: str,
@@ -170,7 +165,8 @@ def read_offer(response) -> Offer:
     linked += [answer.headers.get("etag", "") for answer in answers if from_hub]
     hashes = [tag for tag in (tag.strip('W/"').lower() for tag in linked) if re.fullmatch("[0-9a-f]{64}", tag)]
     etag, date = response.headers.get("etag", ""), response.headers.get("last-modified", "")
-    return Offer(total_size(response), hashes[0] if hashes else None, "" if etag.startswith("W/") else etag or date)
+    stamp = ("" if etag.startswith("W/") else etag) or date
+    return Offer(total_size(response), hashes[0] if hashes else None, stamp)
 
 
 def total_size(response) -> int | None:
@@ -209,6 +205,7 @@ class Transfer:
         self.name, self.session = without_secrets(url), web_session()
         self.offer: Offer | None = None
         self.first = None  # the answer that made the offer: its body is used if nothing is there yet
+        self.encoded = False  # compressed on the way, so that a part of it is no part of the file
         self.resumed = False
 
     def run(self, force: bool) -> None:
@@ -217,6 +214,7 @@ class Transfer:
             self.first = self.persist(lambda: self.request(0))
             with self.first:
                 self.offer = self.merge(read_offer(self.first))
+                self.encoded = self.first.headers.get("content-encoding", "identity") != "identity"
                 if not self.path.exists() or not self.is_complete(force):
                     self.fetch_part()
 
@@ -250,7 +248,7 @@ class Transfer:
                     self.fill(file)
         except Useless:
             self.part.unlink(missing_ok=True)
-            if is_new:
+            if is_new and not any(folder.iterdir()):
                 folder.rmdir()
             raise
         except OSError as error:
@@ -265,7 +263,7 @@ class Transfer:
     def fill(self, file: BinaryIO) -> None:
         """Bring the part to its full length and check it. Raises DownloadError; what can be used stays."""
         size, have = self.offer.size, file.seek(0, os.SEEK_END)
-        if not self.offer.resumable or (size is not None and have > size):
+        if not self.resumable or (size is not None and have > size):
             have = empty(file)
         check_space(self.path.parent, (size or 0) - have)
         while True:
@@ -346,7 +344,8 @@ class Transfer:
         status = response.status_code
         if status in (200, 206):
             return
-        if message := self.explain and self.explain(status, response.headers):
+        by_hub = not response.history or "x-error-code" in response.headers  # not by what it redirects to
+        if message := by_hub and self.explain and self.explain(status, response.headers):
             raise DownloadError(message)
         says = f"the server answers {status} {response.reason or ''}".rstrip()
         if status in PASSING or "range" in response.request.headers:
@@ -356,7 +355,8 @@ class Transfer:
 
     def receive(self, file: BinaryIO, bar: tqdm) -> None:
         """Append what is missing. Raises Broken where the connection ends too early."""
-        start, first, self.first = file.seek(0, os.SEEK_END), self.first, None
+        start = file.seek(0, os.SEEK_END) if self.resumable else empty(file)
+        first, self.first = self.first, None
         if first and start:
             first.close()
         try:
@@ -372,7 +372,9 @@ class Transfer:
                 empty(file)
                 raise Broken("the server sends another part than the one asked for")
             if response.status_code == 200:
-                start = empty(file)  # all of it: the server can't resume, or has a new file
+                if start:
+                    self.refuse_another(response, total)
+                start = empty(file)  # the server can't resume: all of it again
             self.resumed = self.resumed or start > 0
             bar.n = start
             for block in blocks(response):
@@ -383,6 +385,18 @@ class Transfer:
                     raise Useless(f"{self.name} {problem}")
                 start = file.tell()
             self.check_length(start, total)
+
+    def refuse_another(self, response, total: int | None) -> None:
+        """Raise DownloadError, and keep what is here, if a whole answer to a request for a part is something else."""
+        is_page = "text/html" in response.headers.get("content-type", "") and self.path.suffix.lower() not in PAGES
+        if is_page or total not in (None, self.offer.size):
+            what = "a web page" if is_page else f"{total} bytes where it had {self.offer.size}"
+            raise DownloadError(f"{self.name}: the server sends {what} all of a sudden: try again later")
+
+    @property
+    def resumable(self) -> bool:
+        """Whether what comes next may be taken to belong to what is here."""
+        return not self.encoded and bool(self.offer.sha256 or self.offer.stamp or self.offer.size)
 
     @property
     def part(self) -> Path:
@@ -416,7 +430,7 @@ def reason(error: BaseException) -> str:
     """The innermost cause, in a few words."""
     text = str(error)
     for known, words in (
-        ("Name or service not known|nodename nor servname|getaddrinfo|Temporary failure in name", "there is no such host, or no network"),
+        ("Name or service|nodename nor servname|getaddrinfo|Temporary failure", "there is no such host, or no network"),
         ("Connection refused", "the connection was refused"),
         ("timed out|Read timed out", "the server does not answer"),
         ("IncompleteRead|broken|reset|aborted|RemoteDisconnected|EOF", "the connection broke off"),
