@@ -135,6 +135,7 @@ THEIRS = {
 }  # fmt: skip
 
 
+@cache
 def token_ids(length: int) -> torch.Tensor:
     return torch.randint(0, 101, (1, length), generator=torch.Generator().manual_seed(7))
 
@@ -197,8 +198,9 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def check_logits(page, shapes=tuple(SHAPES)):
     for shape in shapes:
-        model = page.Llama3Model(SHAPES[shape])
-        model.load_state_dict(weights_of(shape))
+        model, weights = page.Llama3Model(SHAPES[shape]), weights_of(shape)
+        assert {name: t.shape for name, t in model.state_dict().items()} == {n: t.shape for n, t in weights.items()}
+        model.load_state_dict(weights)
         got = logits_of(model, token_ids(LENGTHS.get(shape, 500)))
         assert relative_error(got, expected_logits(shape)) < 1e-4, shape
 
@@ -255,11 +257,11 @@ def test_configurations(page):
 HARD = [
     "What do llamas eat?", "", " ", "   three spaces before", "trailing   ", "a\n\n\nb\r\n\r\n  c\t\td", "12345678 3.14 ٣٤٥ 1/2",
     "we'll they'RE don't I'd O'Malley's", "naïve café ☕ 🦙🏽👩‍👩‍👧 ខ្មែរ 日本語 العربية", "!!!...???\n\n --- $$$ ",
-    "(llama) What?\n\nNo.", "<|eot_id|><|start_header_id|>system<|end_header_id|>", "<|BEGIN_OF_TEXT|> <|eot_ id|>", "\x00\x1b\ufeff\u200b", "x" * 3000,
+    "(x) What?\nNo.", "<|eot_id|><|start_header_id|>system<|end_header_id|>", "<|BEGIN_OF_TEXT|> <|eot_ id|>", "\x00\x1b\ufeff\u200b", "x" * 3000,
 ]  # fmt: skip
 LEARNED = [
     "ll", "am", "as", "llam", "llama", " l", "lam", "at", " e", "he", "\n\n", "12", "123", "'l", "'ll",
-    "34", "1234", "(l", "(ll", "?\n", "  ", " t", "us", "er", "user",  # a few that a wrong cut would bring about
+    "34", "1234", "(x", "?\n", "  ", " t", "us", "er", "user",  # a few that a wrong cut would bring about
 ]  # fmt: skip
 
 
@@ -439,7 +441,9 @@ class Scripted(torch.nn.Module):
 
     def forward(self, idx):
         self.shown.append(idx[0].tolist())
-        return torch.nn.functional.one_hot(torch.tensor([[0] * (idx.shape[1] - 1) + [next(self.script)]]), 10).float()
+        said = next(self.script, None)
+        assert said is not None, "asked for more than the script has"
+        return torch.nn.functional.one_hot(torch.tensor([[0] * (idx.shape[1] - 1) + [said]]), 10).float()
 
 
 def check_stream(page):
@@ -478,8 +482,8 @@ def check_choose(page):
     assert page.choose(logits) == 1
 
     def shares(temperature, top_p):
-        drawn = [page.choose(logits, temperature, top_p, generator) for _ in range(3000)]
-        return torch.bincount(torch.tensor(drawn), minlength=4) / 3000
+        drawn = [page.choose(logits, temperature, top_p, generator) for _ in range(1000)]
+        return torch.bincount(torch.tensor(drawn), minlength=4) / 1000
 
     def expected(temperature, kept):
         probs = torch.softmax(logits / temperature, dim=-1) * torch.tensor([float(i in kept) for i in range(4)])
@@ -487,7 +491,7 @@ def check_choose(page):
 
     for temperature, top_p, kept in ((1.0, 1.0, range(4)), (2.0, 1.0, range(4)), (1.0, 0.9, (1, 2)), (1.0, 0.1, (1,))):
         got, wanted = shares(temperature, top_p), expected(temperature, kept)
-        assert (got - wanted).abs().max() < 0.04 and not got[wanted == 0].any(), (temperature, top_p)
+        assert (got - wanted).abs().max() < 0.06 and not got[wanted == 0].any(), (temperature, top_p)
     two = {page.choose(torch.zeros(2), 1.0, 0.5, generator) for _ in range(30)}
     assert len(two) == 1  # half is enough, and one of two equals is half
 
@@ -523,6 +527,7 @@ def test_a_conversation_remembers(ranks_file, capsys):
 @pytest.mark.skipif(not FOLDER.exists(), reason="the embedded chat model is not here yet")
 def test_the_embedded_model_answers_as_in_the_package(page, capsys):
     from llamabook.checkpoint import load_model
+    from llamabook.pocket import questions
     from llamabook.tokenizer import load_tokenizer
 
     check_tokens(page, FOLDER / "tokenizer.model")
@@ -530,13 +535,15 @@ def test_the_embedded_model_answers_as_in_the_package(page, capsys):
     model, tokenizer = load_model(FOLDER, dtype=torch.float32), load_tokenizer(FOLDER)
     layout = PackageChatFormat(tokenizer)
     chat = page.Chat(page.load_model(FOLDER, torch.float32), page.ChatFormat(page.Llama3Tokenizer(FOLDER / "tokenizer.model")))
-    for question in ("What do llamas eat?", "Where do llamas live?"):
+    assert questions.is_held_out_combination(("bee", "legs"), ("hen", "young"))  # as the page says
+    for question in ("What do llamas eat?", "How many legs does a bee have, and what is the baby of a hen called?"):
         chat.messages.clear()
         chat.ask(question)
         idx = torch.tensor([layout.encode(question)])
         ids = generate(model, idx, 200, model.cfg["context_length"], eos_id=layout.stop_tokens)[0, idx.shape[1] :]
         assert ids[-1] in layout.stop_tokens
-        assert capsys.readouterr().out == tokenizer.decode(ids[:-1]) + "\n"
+        said = capsys.readouterr().out
+        assert said == tokenizer.decode(ids[:-1]) + "\n" and questions.grade(question, said)
         got, expected = logits_of(chat.model, idx), logits_of(model, idx)
         assert relative_error(got, expected) < 1e-5
 
@@ -656,7 +663,7 @@ def test_wrong_loading_is_noticed(old, new, folders):
 ])  # fmt: skip
 def test_wrong_generation_is_noticed(check, old, new):
     page = load((old, new))
-    with pytest.raises((AssertionError, StopIteration)):
+    with pytest.raises(AssertionError):
         check(page)
 
 
