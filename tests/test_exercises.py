@@ -17,6 +17,8 @@ import re
 import traceback
 from pathlib import Path
 
+import answers_ch02
+import answers_ch03
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,12 +27,18 @@ from llamabook import checks
 from llamabook.checks.core import DIFFICULTIES, EXERCISES
 
 BOOK = Path(__file__).parents[1]
-CHAPTERS = {1: BOOK / "ch01_gpt_to_llama2" / "04_exercises_solutions.ipynb"}
+CHAPTERS = {
+    1: BOOK / "ch01_gpt_to_llama2" / "04_exercises_solutions.ipynb",
+    2: BOOK / "ch02_llama2_to_llama3" / "04_exercises_solutions.ipynb",
+    3: BOOK / "ch03_standalone_llama32" / "02_exercises_solutions.ipynb",
+}
 NAMES = list(EXERCISES)
 
 # For each exercise: (text of the solution, what stands there instead, a piece of the hint that must come).
 # Several replacements in one mutant: a list of pairs in the place of the first two.
-MUTANTS = {
+# Those of chapter 1 stand here, those of later chapters in files of their own.
+MUTANTS = answers_ch02.MUTANTS | answers_ch03.MUTANTS
+MUTANTS |= {
     "rms_norm": [
         (
             "wide = x.float()",
@@ -636,6 +644,12 @@ def test_answers_of_any_wrong_kind_are_rejected(name):
             assert "ValueError: two lines of complaint" in line
 
 
+LAZY = {"stream_text", "until_stop"}
+UNCHANGEABLE = {  # the arguments are numbers, or a model
+    "hidden_width", "rope_frequencies", "causal_mask", "unfinished_pairs", "scaled_frequency", "held_bytes",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_answers_that_change_their_arguments_are_rejected(name):
     right = function(name, SOURCES[name])
@@ -653,17 +667,31 @@ def test_answers_that_change_their_arguments_are_rejected(name):
 
     def answer(*args):
         result = right(*args)
-        result = iter(list(result)) if name == "stream_text" else result
+        result = iter(list(result)) if name in LAZY else result
         for value in args:
             spoil(value)
         return result
 
     line = run_check(name, answer)
-    assert (
-        line is not None if changed_something else name in {"hidden_width", "rope_frequencies", "causal_mask"}
-    )
-    if changed_something and name != "stream_text":  # that one has to be lazy before anything else
+    assert line is not None if changed_something else name in UNCHANGEABLE
+    if changed_something and name not in LAZY:  # these have to be lazy before anything else
         assert "changes its arguments" in line
+
+
+def test_a_broken_loader_is_repaired_one_symptom_at_a_time():
+    source = next(c["source"] for c in cells_of(CHAPTERS[2]) if c["source"].startswith("def broken_loader"))
+    repairs = [('.wk"), n_heads)', '.wk"), n_kv_groups)'), ('half_split(join(f"{att}.wv"), n_kv_groups)', 'join(f"{att}.wv")'),
+               (".w3", ".w9"), (".w1", ".w3"), (".w9", ".w1"),
+               (".ffn_norm", ".x_norm"), (".attention_norm", ".ffn_norm"), (".x_norm", ".attention_norm")]  # fmt: skip
+    steps = [repairs[:1], repairs[1:2], repairs[2:5], repairs[5:]]
+    assert all(source.count(old) == 1 for old, _ in [repairs[0], repairs[1], repairs[2], repairs[5]])
+    for left_out in range(16):
+        repaired = source
+        for number, step in enumerate(steps):
+            for old, new in step if left_out >> number & 1 == 0 else []:
+                repaired = repaired.replace(old, new)
+        line = run_check("repaired_loader", function("broken_loader", repaired))
+        assert (line is None) == (left_out == 0) and (line is None or "symptom" in line), f"{left_out:04b}: {line}"
 
 
 def test_a_broken_block_is_repaired_one_symptom_at_a_time():
@@ -769,6 +797,8 @@ OTHERS = {
     "generate_batch": until_all_ended,
     "stream_text": by_bytes,
     "entropy_gap": lambda a, b: ((a + b).mean(), (a + b).std() / 50**0.5, (a + b).mean() / -b.mean()),
+    **answers_ch02.OTHERS,
+    **answers_ch03.OTHERS,
 }
 
 
@@ -884,12 +914,15 @@ def test_score_report_and_grade():
 
 def test_registry_is_complete():
     assert set(MUTANTS) == set(SOURCES) == set(STUBS) == set(EXERCISES)
-    assert len(checks.exercises(1)) >= 12 and checks.score(1)[1] == 200
-    assert {entry.difficulty for entry in checks.exercises(1)} == set(DIFFICULTIES)
+    least = {1: 12, 2: 8, 3: 3}
+    worth = {"warm-up": 5, "core": 10, "stretch": 20}
+    assert checks.score(1)[1] == 200
+    for chapter in CHAPTERS:
+        entries = checks.exercises(chapter)
+        assert len(entries) >= least[chapter] and {entry.difficulty for entry in entries} == set(DIFFICULTIES)
+        assert all(entry.points == worth[entry.difficulty] for entry in entries)
     for entry in checks.exercises():
-        assert 5 <= entry.minutes <= 30 and entry.points > 0 and f"check_{entry.name}" in checks.__all__
-    points = {d: {e.points for e in checks.exercises(1) if e.difficulty == d} for d in DIFFICULTIES}
-    assert points == {"warm-up": {5}, "core": {10}, "stretch": {20}}
+        assert 5 <= entry.minutes <= 30 and f"check_{entry.name}" in checks.__all__
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
