@@ -152,13 +152,13 @@ def as_our_state(state_dict: dict[str, Tensor], tied: bool) -> dict[str, Tensor]
     table = re.compile(r"(trf_blocks\.\d+\.att\.)?(mask|cos|sin)")
     state = {name: tensor for name, tensor in state_dict.items() if not table.fullmatch(name)}
     if tied and "tok_emb.weight" in state:
-        embedding = state["tok_emb.weight"]
-        head = state.setdefault("out_head.weight", embedding)
-        if head is not embedding and not torch.equal(head, embedding.to(head)):
+        embedding, head = state["tok_emb.weight"], state.get("out_head.weight")
+        if head is not None and not torch.equal(head, embedding.to(head)):
             raise CheckpointError(
                 "out_head.weight differs from tok_emb.weight, but the model ties them: load this file with"
                 ' "tie_embeddings": False in the configuration'
             )
+        state["out_head.weight"] = embedding
     return state
 
 
