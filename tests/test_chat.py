@@ -61,11 +61,11 @@ def talk(folder, monkeypatch, capsys):
 
 @pytest.fixture
 def heard(monkeypatch):
-    """Answer "Answer 1.", "Answer 2." … without a model, and collect the ids of the prompts."""
+    """Answer "Answer 1.", "Answer 2." … without a model, and collect the prompts."""
     prompts = []
 
     def speak(self, ids, sampling, generator, write):
-        prompts.append(self.tokenizer.decode(ids))
+        prompts.append(self.tokenizer.decode(ids).replace("  ", " "))  # a space of the layout, one of SentencePiece's
         write(f"Answer {len(prompts)}.")
         return Spoken([0], 0.1, ended=True, cut=False)
 
@@ -205,10 +205,10 @@ def test_forgetting_is_said(talk, heard):
 
 
 def test_an_answer_that_fills_the_context_says_so(talk):
+    code, _, err = talk("Hay?", flags=["--max_new_tokens", 1000])
+    assert (code, err) == (0, "The context is full: the answer ends here.\n")
     code, _, err = talk("Hay?", "Why?", flags=["--max_new_tokens", 1000])
-    assert code == 0
-    assert err.count("The context is full: the answer ends here.\n") == 2
-    assert err.count("The context is full: the oldest exchange is forgotten.\n") == 1
+    assert code == 0 and err.count("The context is full: the oldest exchange is forgotten.\n") == 1
 
 
 def test_an_answer_that_reaches_its_limit_says_so(talk):

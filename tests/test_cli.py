@@ -238,7 +238,7 @@ def test_no_words_at_all_show_the_help(capsys):
     empty = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == empty
-    for command in ("run", "generate", "chat", "download", "train"):
+    for command in ("run", "generate", "chat", "download", "convert", "train"):
         assert re.search(rf"^  {command} +\w", empty, re.MULTILINE)
 
 
