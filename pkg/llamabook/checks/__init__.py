@@ -2,7 +2,7 @@
 
 `checks.check_rms_norm(rms_norm)` passes or says in one line what is wrong. `report()` shows the score of a
 session, `grade(namespace)` runs every check quietly on a notebook's functions, and `exercises(chapter)` lists
-names, points, minutes and difficulties.
+names, points, minutes and difficulties. `TinyTokenizer` is the toy of the exercises on conversations.
 """
 
 from llamabook.checks.ch01_model import (
