@@ -199,7 +199,7 @@ def test_true_width_of_1b():
 @pytest.mark.long
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_four_layers_of_1b(dtype, most):
-    cfg, state, idx = width_of_1b(layers=4, hidden=8192, size=1.0)
+    cfg, state, idx = width_of_1b(layers=4, hidden=8192, size=2.0 if dtype == torch.float32 else 0.6)
     state = {name: tensor.to(dtype) for name, tensor in state.items()}
     with torch.no_grad():
         expected = their_model(cfg, state, "sdpa")(idx).logits
@@ -211,9 +211,12 @@ def test_four_layers_of_1b(dtype, most):
 
 
 def test_bfloat16_is_close():
-    """Against transformers in bfloat16 and against the truth in float32, both with the same rounded weights."""
+    """Against transformers in bfloat16, and no farther from the truth in float32 than transformers itself.
+
+    Large weights would prove nothing here: they magnify every rounding, transformers' own ones past any tolerance.
+    """
     idx = token_ids(SMALL, LONG)
-    state = {n: t.bfloat16() for n, t in random_weights(Llama3Model(SMALL), size=1.0).state_dict().items()}
+    state = {n: t.bfloat16() for n, t in random_weights(Llama3Model(SMALL), size=0.6).state_dict().items()}
     with torch.no_grad():
         theirs = their_model(SMALL, state, "sdpa")(idx).logits
         exact = their_model(SMALL, {name: tensor.float() for name, tensor in state.items()}, "sdpa")(idx).logits
@@ -224,6 +227,7 @@ def test_bfloat16_is_close():
             assert rounded.dtype == torch.bfloat16
             assert relative_error(rounded, theirs) < 2e-2, model.__name__
             assert relative_error(rounded, exact) < 2e-2, model.__name__
+            assert (rounded.float() - exact).norm() < 1.1 * (theirs.float() - exact).norm(), model.__name__
 
 
 @pytest.mark.parametrize("model", MODELS)
