@@ -48,7 +48,7 @@ GPT_CONFIG = {
     "hidden_dim": 768, "drop_rate": 0.0, "qkv_bias": True, "tie_embeddings": False, "dtype": torch.float32,
 }  # fmt: skip
 
-RANKS = 1792  # 999 of 1000 words of the world are one token; about 1880 tokens are all that its words are made of
+RANKS = 1792  # 999 of 1000 words of the world are one token; its words hold about 1980 tokens in all
 # All that is not a size is as in Llama 3.2 1B: four query heads a group, d = 64, base 500 000, scaling, tied head.
 LLAMA32_CONFIG = {
     **LLAMA32_CONFIG_1B,
