@@ -186,7 +186,7 @@ def width_of_1b(layers, hidden, size):
 
 
 def test_true_width_of_1b():
-    cfg, state, idx = width_of_1b(layers=2, hidden=1024, size=2.0)
+    cfg, state, idx = width_of_1b(layers=1, hidden=2048, size=2.0)
     with torch.no_grad():
         expected = their_model(cfg, state, "sdpa")(idx).logits
         for model in MODELS:
