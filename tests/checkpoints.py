@@ -5,6 +5,7 @@ Rows are interleaved by a list of row numbers, shards are cut by slices, and nam
 
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,19 @@ LLAMA2 = {
 TOKENS = (torch.arange(2 * 300) * 37 % 96).view(2, 300)
 
 
+def config_of_transformers(said: dict):
+    """transformers' reading of a config.json. It writes into what it is given, so it gets a copy."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig.from_dict(deepcopy({key: value for key, value in said.items() if value is not None}))
+
+
 def make_oracle(said: dict, seed: int = 0, stored: torch.dtype = torch.float32):
     """transformers' model of a config.json, in float32, with weights that `stored` can hold and that matter."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig.from_dict({k: v for k, v in said.items() if v is not None}))
+        model = LlamaForCausalLM(config_of_transformers(said))
     generator, state = torch.Generator().manual_seed(seed), {}
     for name, weight in model.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)

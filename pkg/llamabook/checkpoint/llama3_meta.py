@@ -53,7 +53,7 @@ def read_llama3_params(folder: str | Path, shards: list[dict[str, torch.Tensor]]
     if "max_seq_len" not in params:
         context = 131_072 if config["rope_freq"] else CONTEXTS.get(config["rope_base"], 4096)
         config["context_length"] = context
-    if params.get("head_dim", head_dim_of(config)) != head_dim_of(config):
+    if params.get("head_dim", 0) * config["n_heads"] not in (0, config["emb_dim"]):
         config["head_dim"] = params["head_dim"]
     return config | ({"tie_embeddings": True} if tied else {})
 

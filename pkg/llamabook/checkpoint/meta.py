@@ -219,7 +219,7 @@ def our_tensors(
     Raises CheckpointError if a tensor has not the shape that `shapes` has for it.
     """
     for name, (ours, dim) in tqdm(tensor_names(config["n_layers"]).items(), leave=False, disable=None):
-        parts = [shard[name] for shard in shards]
+        parts = [shard[name].to(config["dtype"]) for shard in shards]
         if ours == "tok_emb.weight" and parts[0].shape[1:] == shapes[ours][1:]:
             dim = 0  # every shard has all columns: Llama 3 cuts the token table by rows
         weight = join(f"{folder}: {name}", parts, dim)
