@@ -204,10 +204,23 @@ def test_forgetting_is_said(talk, heard):
     assert len(heard[-1]) < len(heard[3]) * 3
 
 
-def test_an_answer_that_fills_the_context_says_so(talk):
-    code, _, err = talk("Hay?", flags=["--max_new_tokens", 1000])
+def endless(folder: Path) -> str:
+    """A question that the model of `folder` answers greedily until the context is full."""
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    for number in range(100):
+        prompt = chat_format(tokenizer).encode(f"Hay on day {number}?")
+        room = CONTEXT - len(prompt)
+        ids = generate(model, torch.tensor([prompt]), room, CONTEXT, eos_id=tokenizer.stop_tokens)
+        if ids.shape[1] == CONTEXT and int(ids[0, -1]) not in tokenizer.stop_tokens:
+            return f"Hay on day {number}?"
+    raise AssertionError("the model of the tests stops in every answer: give it another seed")
+
+
+def test_an_answer_that_fills_the_context_says_so(talk, folder):
+    question = endless(folder)
+    code, _, err = talk(question, flags=["--max_new_tokens", 1000])
     assert (code, err) == (0, "The context is full: the answer ends here.\n")
-    code, _, err = talk("Hay?", "Why?", flags=["--max_new_tokens", 1000])
+    code, _, err = talk(question, "Why?", flags=["--max_new_tokens", 1000])
     assert code == 0 and err.count("The context is full: the oldest exchange is forgotten.\n") == 1
 
 
