@@ -30,7 +30,7 @@ BOOK = Path(__file__).parents[1]
 CHAPTERS = {
     1: BOOK / "ch01_gpt_to_llama2" / "04_exercises_solutions.ipynb",
     2: BOOK / "ch02_llama2_to_llama3" / "04_exercises_solutions.ipynb",
-    3: BOOK / "ch03_standalone_llama32" / "01_exercises_solutions.ipynb",
+    3: BOOK / "ch03_standalone_llama32" / "02_exercises_solutions.ipynb",
 }
 NAMES = list(EXERCISES)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 
@@ -72,21 +73,21 @@ def test_documents_are_encoded_as_the_chat_format_says(llama, held_out):
     tokenizer = llama[1]
     chat = next(d for d in held_out if d.kind == "chat" and len(d.turns) > 2)
     ids = floor.encode_document(chat, tokenizer)
-    assert ids.count(tokenizer.bos_id) == ids.count(tokenizer.eos_id) == len(chat.turns) // 2
+    assert ids.count(tokenizer.bos_id) == len(chat.turns) // 2 and ids.count(tokenizer.eos_id) == len(chat.turns) // 2 + 1
+    assert ids[-2:] == [tokenizer.eos_id] * 2, "the number of exchanges shows"
     story = next(d for d in held_out if d.kind == "story")
     ids = floor.encode_document(story, tokenizer)
     assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id) and tokenizer.decode(ids[1:-1]) == story.text
 
 
-def test_many_of_its_stories_parse(llama):
-    """At temperature 1. 41.5 % of 200 were measured; a model that babbles has none. The bar is the long test below."""
+def test_its_stories_parse(llama):
+    """At temperature 1. The bar is that of the long test below; here four standard errors of 16 draws less."""
     stories = floor.sample_stories(*llama, count=16, seed=1)
     assert len(set(stories)) == 16
-    assert floor.share_parsed(stories) >= 0.1
+    assert floor.share_parsed(stories) >= 0.6
 
 
 @pytest.mark.long
-@pytest.mark.xfail(strict=True, reason="41.5 % parse: the model repeats what the grammar draws only once (README)")
 def test_of_200_stories_nine_in_ten_parse(llama):
     assert floor.share_parsed(floor.sample_stories(*llama, count=200, seed=0)) >= 0.9
 
@@ -171,6 +172,16 @@ def test_training_starts_below_nothing_and_learns(recipe):
     log = json.loads((recipe("run", steps=9) / "training_log.json").read_text())
     assert log[-1]["held_out"] < log[0]["held_out"] < math.log(train.VOCAB_SIZE) + 0.1
     assert log[-1]["floor"] < log[-1]["held_out"]
+
+
+def test_sharpening_finds_the_temperature(llama):
+    model, tokenizer = deepcopy(llama[0]), llama[1]
+    rows = [floor.encode_document(d, tokenizer) for d in islice(world.texts("train"), 60)]
+    before = floor.losses(model, rows).mean()
+    train.sharpen(model, rows)
+    assert floor.losses(model, rows).mean() <= before + 1e-4
+    model.final_norm.weight.data *= 0.8
+    assert train.sharpen(model, rows) == pytest.approx(0.8, rel=5e-3)
 
 
 def test_a_step_sees_only_training_texts_and_always_the_same(llama):

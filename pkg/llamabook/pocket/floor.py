@@ -42,12 +42,12 @@ class Gap:
 def encode_document(document: Document, tokenizer: Llama2Tokenizer | Llama3Tokenizer) -> list[int]:
     """The token ids of a document as the pocket models see it: BOS, text, EOS; a chat in its tokenizer's chat format.
 
-    In Llama 3's format each message has its own end, <|eot_id|>; the chat as a whole then ends as any text does.
+    In a chat format each answer has its own end. The chat as a whole then ends once more, as any text does: a row must
+    show how many exchanges there were, since the world draws their number.
     """
     if document.kind != "chat":
         return tokenizer.encode(document.text, bos=True, eos=True)
-    ids = chat_format(tokenizer).encode_dialog(document.turns, complete=True)
-    return ids if ids[-1] == tokenizer.eos_id else [*ids, tokenizer.eos_id]
+    return [*chat_format(tokenizer).encode_dialog(document.turns, complete=True), tokenizer.eos_id]
 
 
 def pad(rows: list[list[int]], multiple: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

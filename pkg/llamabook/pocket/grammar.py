@@ -3,13 +3,13 @@
 A *rule* names alternatives. An alternative is text with two kinds of marks:
 
 - `<rule>` is replaced by an alternative of that rule;
-- `{slot}` shows the entry that the slot holds. A slot that holds nothing draws an entry from its lexicon, uniformly,
-  and keeps it, so a name that was drawn once stays the same to the end of the text. No entry is drawn twice in a text.
+- `{name}` shows an entry of a lexicon, drawn uniformly. If the name is that of a lexicon (`{foods}`), it is drawn anew
+  each time. If it is that of a *slot* (`{hero}`), the slot remembers it: a name that was drawn once stays the same to
+  the end of the text. `{~slot}` makes the slot forget, and shows nothing.
 
-`{slot.attribute}` shows an attribute of the entry instead of the entry itself (`{hero.his}`); an attribute with several
-values draws one of them. `{slot.a}` puts the article before the entry. A capital (`{Slot}`, `{slot.He}`) capitalizes what
-is shown. `{~slot}` empties the slot and shows nothing. A rule that stands more than once in one alternative uses none
-of its own alternatives twice in a text.
+`{name.attribute}` shows an attribute of the entry instead of the entry itself (`{hero.his}`); an attribute with several
+values draws one of them. `{name.a}` puts the article before the entry. A capital (`{Name}`, `{name.He}`) capitalizes
+what is shown.
 
 Sampling, enumerating and parsing are three ways to walk through the same choices (`Grammar._options`), so they can't
 disagree about a probability. A text's reported log-probability is that of one derivation: it is the text's own exactly
@@ -22,7 +22,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-MARK = re.compile(r"<(?P<rule>\w+)>|\{(?P<slot>[~\w.]+)\}")
+MARK = re.compile(r"<(?P<rule>\w+)>|\{(?P<draw>[~\w.]+)\}")
 
 
 class GrammarError(ValueError):
@@ -46,7 +46,6 @@ class _Option:
     text: str = ""
     push: tuple = ()  # symbols that replace the current one
     bind: tuple | None = None  # (slot, entry or None)
-    used: tuple | None = None  # what may not be chosen again in this text
     taken: tuple | None = None  # (rule, number of the alternative)
 
 
@@ -56,7 +55,6 @@ class _State:
 
     pending: tuple | None
     bound: dict = field(default_factory=dict)
-    used: frozenset = frozenset()
     log_prob: float = 0.0
     path: tuple = ()
 
@@ -65,9 +63,8 @@ class _State:
         for symbol in reversed(option.push):
             pending = (symbol, pending)
         bound = self.bound if option.bind is None else {**self.bound, option.bind[0]: option.bind[1]}
-        used = self.used if option.used is None else self.used | {option.used}
         path = self.path if option.taken is None else (*self.path, option.taken)
-        return _State(pending, bound, used, self.log_prob + math.log(option.prob), path)
+        return _State(pending, bound, self.log_prob + math.log(option.prob), path)
 
 
 class Grammar:
@@ -77,27 +74,22 @@ class Grammar:
         rules: rule name to alternatives, each a text or a pair (weight, text); weights are relative.
         lexicons: lexicon name to entries, each entry (its text) to its attributes, texts or tuples of texts.
         slots: slot name to the name of the lexicon it draws from.
-    Raises GrammarError for a mark that names no rule or slot.
+    Raises GrammarError for a mark that names no rule, slot or lexicon, and for a slot that is named like a lexicon.
     """
 
     def __init__(self, rules: dict, lexicons: dict, slots: dict[str, str]):
         self.lexicons, self.slots = lexicons, slots
         self.rules = {name: [_alternative(a) for a in alternatives] for name, alternatives in rules.items()}
-        self.once = {
-            value
-            for alternatives in self.rules.values()
-            for _, symbols in alternatives
-            for kind, value in symbols
-            if kind == "rule" and symbols.count((kind, value)) > 1
-        }
+        if both := set(slots) & set(lexicons):
+            raise GrammarError(f"slot and lexicon at once: {', '.join(sorted(both))}")
         for name, alternatives in self.rules.items():
             for _, symbols in alternatives:
                 for kind, value in symbols:
                     if kind == "rule" and value not in self.rules:
                         raise GrammarError(f"rule <{name}> mentions <{value}>, which no rule defines")
-                    if kind == "slot" and _slot(value)[0] not in slots:
-                        raise GrammarError(f"rule <{name}> mentions {{{value}}}, which no slot defines")
-        self._expansions: dict[str, list[_Option]] = {name: self._expand(name, frozenset()) for name in self.rules}
+                    if kind == "draw" and _mark(value)[0] not in {*slots, *lexicons}:
+                        raise GrammarError(f"rule <{name}> mentions {{{value}}}, which is no slot and no lexicon")
+        self._expansions = {name: self._expand(name) for name in self.rules}
 
     # ---- the choices: the only place where probabilities come from ------------------------------------------------
 
@@ -105,39 +97,29 @@ class Grammar:
         kind, value = state.pending[0]
         if kind == "text":
             return [_Option(1.0, value)]
-        if kind == "rule":
-            return self._expand(value, state.used) if value in self.once else self._expansions[value]
-        return self._show(value, state)
+        return self._expansions[value] if kind == "rule" else self._draw(value, state)
 
-    def _expand(self, rule: str, used: frozenset) -> list[_Option]:
-        left = [(i, w, s) for i, (w, s) in enumerate(self.rules[rule]) if (rule, i) not in used]
-        if not left:
-            raise GrammarError(f"<{rule}> is asked for more often than it has alternatives")
-        total = sum(w for _, w, _ in left)
-        mark = rule in self.once
-        return [_Option(w / total, push=s, used=(rule, i) if mark else None, taken=(rule, i)) for i, w, s in left]
+    def _expand(self, rule: str) -> list[_Option]:
+        alternatives = self.rules[rule]
+        total = sum(weight for weight, _ in alternatives)
+        return [_Option(w / total, push=s, taken=(rule, i)) for i, (w, s) in enumerate(alternatives)]
 
-    def _show(self, mark: str, state: _State) -> list[_Option]:
-        slot, attribute, capital, forget = _slot(mark)
-        lexicon_name = self.slots[slot]
+    def _draw(self, mark: str, state: _State) -> list[_Option]:
+        name, attribute, capital, forget = _mark(mark)
         if forget:
-            return [_Option(1.0, bind=(slot, None))]
-        held = state.bound.get(slot)
-        if held is not None:
-            texts = self._texts(lexicon_name, held, attribute, capital)
-            return [_Option(1 / len(texts), t) for t in texts]
-        free = [e for e in self.lexicons[lexicon_name] if (lexicon_name, e) not in state.used]
-        if not free:
-            raise GrammarError(f"{{{mark}}} finds every entry of {lexicon_name} in use")
+            return [_Option(1.0, bind=(name, None))]
+        lexicon = self.slots.get(name, name)
+        held = state.bound.get(name)
         options = []
-        for entry in free:
-            texts = self._texts(lexicon_name, entry, attribute, capital)
-            prob = 1 / (len(free) * len(texts))
-            options += [_Option(prob, t, bind=(slot, entry), used=(lexicon_name, entry)) for t in texts]
+        entries = self.lexicons[lexicon] if held is None else [held]
+        for entry in entries:
+            texts = self._texts(lexicon, entry, attribute, capital)
+            bind = (name, entry) if name in self.slots and held is None else None
+            options += [_Option(1 / (len(entries) * len(texts)), text, bind=bind) for text in texts]
         return options
 
     def _texts(self, lexicon: str, entry: str, attribute: str | None, capital: bool) -> tuple[str, ...]:
-        """What `{slot.attribute}` can show for this entry."""
+        """What `{name.attribute}` can show for this entry."""
         attributes = self.lexicons[lexicon][entry]
         if attribute is None:
             found = entry
@@ -207,22 +189,22 @@ class Grammar:
 
 
 def _alternative(alternative) -> tuple[float, tuple]:
-    """'text with <rule> and {slot}' or (weight, 'text …') to (weight, symbols)."""
+    """'text with <rule> and {name}' or (weight, 'text …') to (weight, symbols)."""
     weight, text = (1.0, alternative) if isinstance(alternative, str) else alternative
     symbols, at = [], 0
     for mark in MARK.finditer(text):
         if mark.start() > at:
             symbols.append(("text", text[at : mark.start()]))
-        symbols.append(("rule", mark["rule"]) if mark["rule"] else ("slot", mark["slot"]))
+        symbols.append(("rule", mark["rule"]) if mark["rule"] else ("draw", mark["draw"]))
         at = mark.end()
     if at < len(text):
         symbols.append(("text", text[at:]))
     return float(weight), tuple(symbols)
 
 
-def _slot(mark: str) -> tuple[str, str | None, bool, bool]:
-    """'{Slot.attribute}' to (slot, attribute, capital, forget)."""
+def _mark(mark: str) -> tuple[str, str | None, bool, bool]:
+    """'{Name.attribute}' to (name, attribute, capital, forget)."""
     forget = mark.startswith("~")
-    slot, _, attribute = mark.lstrip("~").partition(".")
-    capital = slot[0].isupper() or attribute[:1].isupper()
-    return slot[0].lower() + slot[1:], (attribute[0].lower() + attribute[1:]) if attribute else None, capital, forget
+    name, _, attribute = mark.lstrip("~").partition(".")
+    capital = name[0].isupper() or attribute[:1].isupper()
+    return name[0].lower() + name[1:], (attribute[0].lower() + attribute[1:]) if attribute else None, capital, forget

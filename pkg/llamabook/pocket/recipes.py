@@ -35,7 +35,7 @@ from llamabook.tokenizer import load_tokenizer
 
 # ---- architectures ------------------------------------------------------------------------------------------------
 
-VOCAB_SIZE = 1280
+VOCAB_SIZE = 1792
 CONTEXT_LENGTH = 256
 
 LLAMA2_CONFIG = {
@@ -82,12 +82,12 @@ class Recipe:
     source: Source = world
     base: str | None = None
     measure: Callable[[nn.Module, object], dict] = lambda model, tokenizer: {}
-    steps: int = 4800
+    steps: int = 8000
     documents: int = 32  # per step
     muon_lr: float = 0.02
     adam_lr: float = 5e-3
     warmup: int = 100
-    decay: float = 0.6  # the last share of the steps, over which the learning rates fall to zero
+    decay: float = 0.75  # the last share of the steps, over which the learning rates fall to zero
 
 
 # ---- tokenizers ---------------------------------------------------------------------------------------------------

@@ -81,6 +81,8 @@ def train(
         loss, count = _step(model, optimizers, batch(tokenizer, step, recipe.documents, source=recipe.source))
         window.append((loss, count))
         tokens += count
+        if step + 1 == total:
+            sharpen(model, [row for i in range(8) for row in batch(tokenizer, i, recipe.documents, source=recipe.source)])
         if (step + 1) % evaluate_every == 0 or step + 1 == total:
             seconds += time.perf_counter() - begin
             measured, more = gap(model, tokenizer, probe), recipe.measure(model, tokenizer)
@@ -154,6 +156,28 @@ def _step(model: nn.Module, optimizers: list, rows: list[list[int]]) -> tuple[fl
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return loss.item(), int((targets != -100).sum())
+
+
+@torch.no_grad()
+def sharpen(model: nn.Module, rows: list[list[int]]) -> float:
+    """Divide the logits by the temperature at which the loss on these rows is least, and return it.
+
+    Calibration by temperature (Guo et al., 2017, section 4.2), folded into the last norm: the learning rates fall to
+    zero before the logits have grown to their size, so a trained model is a little too unsure.
+    """
+    model.eval()
+    inputs, targets = pad(rows)
+    shown = targets != -100
+    logits = model(inputs)[shown].float()  # (tokens, V)
+    low, high = 0.5, 2.0
+    for _ in range(20):  # the loss is convex in 1 / temperature, so thirds close in on its minimum
+        third = (high - low) / 3
+        near, far = (F.cross_entropy(logits * factor, targets[shown]) for factor in (low + third, high - third))
+        low, high = (low, high - third) if near < far else (low + third, high)
+    for p in model.final_norm.parameters():
+        p.mul_((low + high) / 2)
+    model.train()
+    return 2 / (low + high)
 
 
 def _schedule(step: int, total: int, recipe: Recipe) -> float:

@@ -40,37 +40,24 @@ def _animal(plural, eats, home, young, sound, gives, coat, legs="four"):
 
 
 LEXICONS = {
-    "people": _names(
-        "Lily Mia Anna Rosa Nina Luz Clara Emma Zoe Ruth Carmen Elena",
-        "Tom Ben Max Paco Inti Kai Hugo Oscar Felix Leo Pablo Otto",
-    ),
-    "llamas": _names(
-        "Misty Olive Cleo Mocha Maple Ginger Hazel Willow Daisy Luna",
-        "Dusty Coco Pepper Bruno Sunny Rocky Biscuit Bandit Domino Ziggy",
-    ),
-    "places": _places(
-        **{
-            "in": "barn meadow orchard market stable forest garden village valley shed kitchen field cave",
-            "by": "river pond well gate mill lake fence bridge",
-            "on": "hill road roof",
-            "behind": "house school church wall",
-            "under": "tree",
-        }
-    ),
-    "objects": _plain(
-        "bell,blanket,bucket,rope,basket,lantern,key,map,drum,flute,brush,ladder,kite,boot,button,book,ribbon,"
-        "saddle,comb,whistle,coin,spoon,letter,feather,mirror,candle,hammer,broom,ring,ball"
-    ),
-    "foods": _plain(
-        "hay,grass,clover,alfalfa,oats,carrots,apples,leaves,barley,corn,pears,pumpkins,turnips,cabbage,bread,"
-        "beans,lettuce,berries,parsley,bananas"
-    ),
-    "colors": _plain("white,brown,black,grey,golden,spotted,cream,silver,red,tan"),
-    "traits": _plain(
-        "small,tall,young,old,fluffy,gentle,stubborn,clever,shy,curious,lazy,brave,proud,noisy,friendly,cheerful"
-    ),
-    "moods": _plain("happy,tired,sad,worried,hungry,excited,calm,bored,angry,lonely,surprised,nervous,thirsty,sleepy"),
-    "weather": _plain("sunny,rainy,windy,cold,foggy,warm,snowy,cloudy,bright,quiet,stormy,frosty,misty,golden"),
+    "people": _names("Lily Mia Anna Rosa Nina Clara Emma Zoe", "Tom Ben Max Paco Kai Hugo Felix Leo"),
+    "friends": {
+        "Aunt Carmen": SHE, "Cousin Luz": SHE, "Grandma Elena": SHE, "Captain Ruth": SHE,
+        "Uncle Oscar": HE, "Brother Otto": HE, "Doctor Inti": HE, "Grandpa Pablo": HE,
+    },
+    "strangers": _names("Amira Olga Sofia Vera", "Marco Igor Anton Samir"),
+    "llamas": _names("Misty Olive Cleo Mocha Maple Ginger Hazel Daisy", "Dusty Coco Pepper Bruno Rocky Biscuit Bandit Domino"),
+    "crias": _names("Luna Dot Willow Snow", "Ziggy Pip Puck Button"),
+    "homes": _places(**{"in": "meadow orchard stable garden valley", "by": "mill lake school"}),
+    "places": _places(**{"in": "barn forest village field", "by": "river pond well gate bridge hill house church"}),
+    "objects": _plain("bell,key,map,drum,flute,kite,boot,book,ribbon,comb,whistle,coin,spoon,letter,mirror,ring"),
+    "tools": _plain("hammer,ladder,rope,bucket,basket,lantern,brush,broom,saddle,blanket,candle,sack"),
+    "foods": _plain("hay,grass,clover,alfalfa,oats,barley,corn,leaves,straw,beans"),
+    "treats": _plain("apples,carrots,pears,bananas,berries,pumpkins,cherries,plums,turnips,potatoes"),
+    "colors": _plain("white,brown,black,grey,golden,cream,silver,red"),
+    "traits": _plain("small,tall,young,fluffy,gentle,stubborn,clever,shy,curious,lazy,brave,proud,noisy,friendly,cheerful"),
+    "moods": _plain("happy,tired,sad,worried,hungry,excited,calm,bored,lonely,surprised,nervous,thirsty,sleepy"),
+    "weather": _plain("sunny,rainy,windy,cold,foggy,warm,snowy,cloudy,bright,quiet,stormy,frosty"),
     "times": _plain("morning,afternoon,evening,day"),
     "seasons": _plain("spring,summer,autumn,winter"),
     "jobs": _plain(
@@ -79,14 +66,7 @@ LEXICONS = {
     ),
     "products": _plain("scarf,sweater,hat,poncho,rug,shawl,cap,coat,pillow,vest"),
     "numbers": _plain("two,three,four,five,six,seven,eight,nine,ten,eleven,twelve,twenty"),
-    "verbs": {  # what people and llamas do along the way: {verb} now, {verb.past} then
-        now: {"past": past}
-        for now, past in (
-            pair.split("/")
-            for pair in "sing/sang run/ran dance/danced laugh/laughed jump/jumped whisper/whispered play/played "
-            "rest/rested swim/swam wait/waited hide/hid roll/rolled climb/climbed hum/hummed sleep/slept".split()
-        )
-    },
+    "verbs": _plain("sing,run,dance,laugh,jump,whisper,play,rest,swim,wait,hide,roll,climb,hum"),
     "ways": _plain("slowly,quickly,quietly,carefully,softly,bravely,gladly,proudly,gently,happily"),
     "sights": _plain(
         "a rainbow,the first star,a full moon,a flock of birds,a white cloud,a falling leaf,a little boat,"
@@ -118,65 +98,57 @@ LEXICONS = {
 }  # fmt: skip
 
 SLOTS = {
-    "hero": "people", "friend": "people", "stranger": "people", "llama": "llamas", "cria": "llamas",
-    "place": "places", "goal": "places", "spot": "places", "object": "objects", "tool": "objects",
-    "food": "foods", "treat": "foods", "color": "colors", "hue": "colors", "trait": "traits", "nature": "traits",
-    "mood": "moods", "feeling": "moods", "weather": "weather", "time": "times", "season": "seasons", "job": "jobs",
-    "product": "products", "number": "numbers", "count": "numbers", "verb": "verbs", "deed": "verbs", "way": "ways",
-    "sight": "sights", "animal": "animals", "beast": "animals", "wish": "wishes",
+    "hero": "people", "friend": "friends", "stranger": "strangers", "llama": "llamas", "cria": "crias",
+    "place": "homes", "object": "objects", "tool": "tools", "treat": "treats", "verb": "verbs",
+    "animal": "animals", "beast": "animals",
 }  # fmt: skip
 
 STORY_RULES = {
-    "story": ["<opening> <meeting><asides> <plot><closing>"],
-    "tale": ["<opening> <meeting> <plot><closing>"],  # as a story, shorter: told in a chat
+    "story": ["<opening> <meeting><asides> <plot> <closing>"],
+    "tale": ["<opening> <meeting> <plot> <closing>"],  # as a story, shorter: told in a chat
     "opening": [
-        "One {weather} {time}, {hero} went to the {place}.",
-        "It was a {weather} {time}, and {hero} walked to the {place}.",
-        "{hero} lived near the {place} with {number} llamas.",
+        "One {weather} {times}, {hero} went to the {place}.",
+        "It was a {weather} {times}, and {hero} walked to the {place}.",
+        "{hero} lived near the {place} with {numbers} llamas.",
         "Once there was a {hero.child} named {hero}, who worked {place.at}.",
-        "In the {season}, {hero} came to the farm to help {place.at}.{~season}",
-        "Every {time}, {hero} swept the path to the {place}.",
-        "{hero} was {trait.a} {hero.child} who loved the {place}.",
-        "On a {weather} {time} in {season}, {hero} opened the door and ran to the {place}.{~season}",
+        "In the {seasons}, {hero} came to the farm to help {place.at}.",
+        "Every {times}, {hero} swept the path to the {place}.",
+        "{hero} was a {traits} {hero.child} who loved the {place}.",
+        "On a {weather} {times} in {seasons}, {hero} opened the door and ran to the {place}.",
         "Nobody knew the {place} better than {hero}.",
     ],
     "meeting": [
-        "There {hero.he} met {color.a} llama named {llama}.",
-        "{Color.a} llama named {llama} was waiting there.",
-        "{hero.He} had {nature.a} llama called {llama}.",
-        "{hero.His} best friend was {llama}, {nature.a} llama with {color} ears.",
-        "A llama stood {spot.at}, and {hero.his} heart jumped. It was {llama}.",
-        "{llama}, the {color} llama, came to say hello.",
-        "With {hero.him} came {llama}, the {nature} llama of the farm.",
-        "That was the day when {hero.he} found {llama}, a llama as {color} as a cloud.",
+        "There {hero.he} met a {colors} llama named {llama}.",
+        "A {colors} llama named {llama} was waiting there.",
+        "{hero.He} had a {traits} llama called {llama}.",
+        "{hero.His} best friend was {llama}, a {traits} llama with {colors} ears.",
+        "A llama stood {places.at}, and {hero.his} heart jumped. It was {llama}.",
+        "{llama}, the {colors} llama, came to say hello.",
+        "With {hero.him} came {llama}, the {traits} llama of the farm.",
+        "That was the day when {hero.he} found {llama}, a llama as {colors} as a cloud.",
     ],
-    "asides": ["", " <aside>", " <aside> <aside>"],
+    "asides": ["", " <aside>", " <scene>"],
     "aside": [
-        "{llama} was {mood}.{~mood}",
-        "{hero} felt {feeling} that day.{~feeling}",
+        "{llama} was {moods}.",
+        "{hero} felt {moods} that day.",
         "The wind blew over the {place}, but {llama} stayed close to {hero}.",
         "\"What a good llama you are!\" said {hero}.",
-        "From the {place} they could see {sight}.{~sight}",
-        "{llama} liked to {verb} {place.at}.{~verb}",
-        "{Beast.a} watched them from far away.{~beast}",
-        "{hero} gave {llama} some {food}.{~food}",
-        "The {place} smelled of {treat}.{~treat}",
-        "{hero} carried an old {tool} in {hero.his} bag.{~tool}",
-        "People said that {llama} could {deed} like no other llama.{~deed}",
-        "{hero} counted {count} clouds above the {place}.{~count}",
-        "The {job} waved at them {way}.{~job}{~way}",
-        "They walked {way} around the {place}.{~way}",
+        "{llama} liked to {verbs} {places.at}.",
+        "{hero} gave {llama} some {foods}.",
+        "People said that {llama} could {verbs} like no other llama.",
     ],
-    "plot": [
-        "<lost>", "<hungry>", "<storm>", "<market>", "<wool>", "<race>", "<visitor>", "<birth>", "<night>", "<letter>",
-        "<mending>", "<stubborn>", "<feast>", "<song>",
-    ],  # fmt: skip
+    "scene": [
+        "From the {place} they could see {sights}.",
+        "{Animals.a} watched them from far away.",
+        "The {place} smelled of {treats}.",
+        "{hero} carried an old {tools} in {hero.his} bag.",
+        "{hero} counted {numbers} clouds above the {place}.",
+        "The {jobs} waved at them {ways}.",
+        "They walked {ways} around the {place}.",
+    ],
+    "plot": ["<lost>", "<hungry>", "<storm>", "<wool>", "<race>", "<visitor>", "<birth>", "<night>"],
     # -- something is lost
-    "lost": [
-        "<lost_what> <search> <found>",
-        "<lost_what> <search> <search> <found>",
-        "<lost_what> <search> <search> <search> <found>",
-    ],
+    "lost": ["<lost_what> <search> <found>", "<lost_what> <ask> <found>", "<lost_what> <search> <ask> <found>"],
     "lost_what": [
         "But {hero} could not find {hero.his} {object}.",
         "\"Where is my {object}?\" asked {hero}.",
@@ -184,314 +156,237 @@ STORY_RULES = {
         "Somebody had taken the {object} from its place.",
     ],
     "search": [
-        "{hero} looked {spot.at}, but there was only {sight}.{~spot}{~sight}",
-        "They searched {spot.at} until {hero.he} was {feeling}.{~spot}{~feeling}",
-        "\"Perhaps it is {spot.at},\" said {stranger}, but it was not.{~spot}{~stranger}",
-        "{llama} sniffed {spot.at} and found {count} stones.{~spot}{~count}",
-        "{Beast.a} told them to look {spot.at}, and they did.{~spot}{~beast}",
+        "{hero} looked {places.at}, but there was only {sights}.",
+        "They searched {places.at} until they were {moods}.",
+        "{llama} sniffed {places.at} and found {numbers} stones.",
+    ],
+    "ask": [
+        "\"Perhaps it is {places.at},\" said {friends}, but it was not.",
+        "{Animals.a} told them to look {places.at}, and they did.",
+        "The {jobs} had not seen it, but wished them good luck.",
     ],
     "found": [
-        "At last {llama} found the {object} {spot.at}.",
-        "Then something rang {spot.at}, and there lay the {object}. {hero} hugged {llama}.",
-        "In the end the {object} was {spot.at}, and {llama} was sitting on it.",
-        "{friend} had kept the {object} safe {spot.at}. \"I was waiting for you,\" said {friend}.",
+        "At last {llama} found the {object} {places.at}.",
+        "Then something moved {places.at}, and there lay the {object}. {hero} hugged {llama}.",
+        "In the end the {object} was {places.at}, and {llama} was sitting on it.",
+        "{friends} had kept the {object} safe {places.at}, and was waiting for them.",
     ],
     # -- the llama is hungry
-    "hungry": ["<hungry_why> <hungry_try> <hungry_end>", "<hungry_why> <hungry_try> <hungry_try> <hungry_end>"],
+    "hungry": [
+        "<hungry_why> <hungry_try> <hungry_end>", "<hungry_why> <hungry_guest> <hungry_end>",
+        "<hungry_why> <hungry_try> <hungry_guest> <hungry_end>",
+    ],  # fmt: skip
     "hungry_why": [
-        "{llama} had not eaten since the {season}.",
+        "{llama} had not eaten since the {times}.",
         "\"I think {llama} is hungry,\" said {hero}.",
         "The manger was empty, and {llama} looked at {hero} with big eyes.",
         "{llama} hummed and hummed, because there was nothing to eat.",
     ],
     "hungry_try": [
-        "{hero} brought some {food}, but {llama} turned away.{~food}",
-        "{friend} came with {count} bags of {food}. {llama} ate none of it.{~friend}{~count}{~food}",
-        "They tried {food} from the {spot}. {llama} only blinked.{~food}{~spot}",
-        "\"Do you want some {food}?\" asked {hero}, and {llama} shook {llama.his} head.{~food}",
+        "{hero} brought some {foods}, but {llama} turned away.",
+        "They tried {foods} from the {places}. {llama} only blinked.",
+        "\"Do you want some {foods}?\" asked {hero}, and {llama} shook {llama.his} head.",
+    ],
+    "hungry_guest": [
+        "{friends} came with {numbers} bags of {foods}. {llama} ate none of it.",
+        "The {jobs} cooked a soup. {llama} did not even look at it.",
+        "\"Perhaps {llama} is ill,\" said {friends}.",
     ],
     "hungry_end": [
-        "Then {llama} saw the {treat} {goal.at} and ate it all.{~treat}",
-        "What {llama} wanted was {treat}. {llama.He} ate for an hour and hummed.{~treat}",
-        "Only when {hero} mixed {treat} with {food} did {llama} begin to eat.{~treat}{~food}",
-        "So {hero} planted {treat} {goal.at}, and from then on {llama} was never hungry again.{~treat}",
+        "Then {llama} saw the {treats} {places.at} and ate them all.",
+        "What {llama} wanted was {treats}. {llama.He} ate for an hour and slept.",
+        "Only when {hero} mixed {treats} with {foods} did {llama} begin to eat.",
+        "So {hero} planted {treats} {places.at}, and from then on {llama} was never hungry again.",
     ],
     # -- a storm
     "storm": [
-        "<storm_comes> <storm_act> <storm_ends>",
-        "<storm_comes> <storm_act> <storm_act> <storm_ends>",
-        "<storm_comes> <storm_act> <storm_act> <storm_act> <storm_ends>",
-    ],
+        "<storm_comes> <storm_act> <storm_ends>", "<storm_comes> <storm_fear> <storm_ends>",
+        "<storm_comes> <storm_act> <storm_fear> <storm_ends>",
+    ],  # fmt: skip
     "storm_comes": [
-        "Suddenly dark clouds came over the {goal}.",
+        "Suddenly dark clouds came over the {places}.",
         "Then the thunder rolled, and the rain began to fall.",
-        "A storm was coming. The {beast} had known it since the {time}.",
-        "\"Look at the sky!\" cried {friend}.",
+        "A storm was coming. The {animals} had known it since the {times}.",
+        "\"Look at the sky!\" cried {friends}.",
     ],
     "storm_act": [
-        "{hero} closed the windows and lit a candle.",
-        "They carried the {object} {way} into the house.{~object}{~way}",
-        "{llama} led {count} little llamas out of the rain.{~count}",
-        "They hid {spot.at} and held each other.{~spot}",
-        "The water rose as high as the {tool}.{~tool}",
+        "{hero} closed the windows and lit a fire.",
+        "They carried the {tools} {ways} into the house.",
+        "{llama} led {numbers} little llamas out of the rain.",
+    ],
+    "storm_fear": [
+        "They hid {places.at} and held each other.",
+        "The water rose as high as a {tools}.",
         "{hero} sang to {llama}, so that {llama.he} would not be afraid.",
     ],
     "storm_ends": [
-        "After {number} hours the storm was over, and there was {sight}.",
-        "When the sun came back, the {goal} was shining.",
-        "The storm went away as fast as it had come. Only {hero.his} {object} was wet.",
-        "In the morning everything was quiet, and {llama} was {mood}.",
-    ],
-    # -- at the market
-    "market": ["<market_go> <market_deal> <market_end>", "<market_go> <market_deal> <market_deal> <market_end>"],
-    "market_go": [
-        "They wanted to sell {treat} in the town.{~treat}",
-        "It was market day, and {llama} carried {count} baskets of {treat}.{~treat}",
-        "{hero} needed a new {object} and had only {count} coins.",
-        "{friend} had asked them to buy a {object} in the town.",
-    ],
-    "market_deal": [
-        "The {job} offered {number} coins for a {tool}.{~job}{~number}{~tool}",
-        "A {job} wanted to buy {llama}, but {hero} said no.{~job}",
-        "\"How much is the {product}?\" asked the {job}. \"{Number} coins,\" said {hero}.{~product}{~job}{~number}",
-        "{llama} ate the {food} of the {job}, and everybody laughed.{~food}{~job}",
-        "They changed {number} apples for a {hue} {product}.{~number}{~hue}{~product}",
-    ],
-    "market_end": [
-        "They came home with {number} coins and {sight} before their eyes.",
-        "At noon everything was sold, and {hero} bought {treat} for {llama}.{~treat}",
-        "On the way home {llama} carried nothing but {trait.a} {beast}.",
-        "\"That was a good day,\" said {hero}, and shared {hero.his} {food} with {llama}.",
+        "After {numbers} hours the storm was over, and there was {sights}.",
+        "When the sun came back, the {places} was shining.",
+        "The storm went away as fast as it had come. Only {hero.his} {objects} was wet.",
+        "In the morning everything was quiet, and {llama} was {moods}.",
     ],
     # -- shearing and weaving
-    "wool": ["<wool_cut> <wool_work> <wool_gift>", "<wool_cut> <wool_work> <wool_work> <wool_gift>"],
+    "wool": [
+        "<wool_cut> <wool_wash> <wool_gift>", "<wool_cut> <wool_spin> <wool_gift>",
+        "<wool_cut> <wool_wash> <wool_spin> <wool_gift>",
+    ],  # fmt: skip
     "wool_cut": [
         "It was time to cut the wool of {llama}.",
         "{llama} had so much wool that {llama.he} could not see.",
         "\"It is too warm for so much wool,\" said {hero} to {llama}.",
     ],
-    "wool_work": [
-        "{hero} washed the wool {spot.at}.{~spot}",
-        "{friend} spun it into {hue} yarn.{~friend}{~hue}",
-        "It took {number} days to comb it all.{~number}",
-        "They dyed it {hue} with {food}.{~hue}{~food}",
-        "The {job} showed them how to weave {way}.{~job}{~way}",
+    "wool_wash": [
+        "{hero} washed the wool {places.at}.",
+        "It took {numbers} days to comb it all.",
+        "They dyed it {colors} with {treats}.",
+    ],
+    "wool_spin": [
+        "{friends} spun it into {colors} yarn.",
+        "The {jobs} showed them how to weave {ways}.",
+        "Nobody rested until the work was done.",
     ],
     "wool_gift": [
-        "In the end there was a warm {product} for {friend}.",
-        "{hero} made a {product} out of it and gave it to the {job}.",
-        "The {product} was so warm that {friend} wore it until {season}.",
-        "Out of the wool came {number} hats, and one of them was for {llama}.",
+        "In the end there was a warm {products} for {friends}.",
+        "{hero} made a {products} out of it and gave it to the {jobs}.",
+        "The {products} was so warm that {hero} wore it until {seasons}.",
+        "Out of the wool came {numbers} hats, and one of them was for {llama}.",
     ],
     # -- a race
-    "race": ["<race_why> <race_run> <race_end>", "<race_why> <race_run> <race_run> <race_end>"],
+    "race": [
+        "<race_why> <race_run> <race_end>", "<race_why> <race_crowd> <race_end>",
+        "<race_why> <race_run> <race_crowd> <race_end>",
+    ],  # fmt: skip
     "race_why": [
-        "That day there was a race from the {goal} to the {spot}.{~spot}",
-        "\"I am faster than {llama},\" said the {beast}.",
-        "{friend} wanted to see who could run the fastest.",
-        "Everybody came to the great race of the {season}.",
+        "That day there was a race to the {places}. The fastest of all was the {animals}.",
+        "\"I am faster than {llama},\" said the {animals}.",
+        "The {animals} wanted to see who could run the fastest.",
+        "Everybody came to the great race of the {seasons}. Nobody was afraid of the {animals}.",
     ],
     "race_run": [
-        "{Animal.a} fell into the mud {spot.at}.{~animal}{~spot}",
-        "{llama} ran {way} past the {spot}.{~way}{~spot}",
-        "The {animal} stopped to eat {food}.{~animal}{~food}",
-        "{Number} children cheered for {llama}.{~number}",
-        "Near the {spot} the {animal} was first.{~spot}{~animal}",
+        "The {animals} fell into the mud {places.at}.",
+        "{llama} ran {ways} past the {places}.",
+        "The {animals} stopped to eat {foods}.",
+    ],
+    "race_crowd": [
+        "{Numbers} children cheered for {llama}.",
+        "\"Run, {llama}, run!\" cried {hero}.",
+        "{friends} beat the drum {ways}.",
     ],
     "race_end": [
-        "{llama} won and got a {object} with a {hue} ribbon.",
+        "{llama} won and got a {objects} with a {colors} ribbon.",
         "In the end {llama} was last, but {hero} was proud of {llama.him}.",
-        "The {animal} won, and {llama} was the first to say well done.",
-        "{llama} came in second and got {number} bags of {food}.",
+        "The {animals} won, and {llama} was the first to say well done.",
+        "{llama} came in second and got {numbers} bags of {foods}.",
     ],
     # -- a visitor
-    "visitor": ["<visit_who> <visit_talk> <visit_end>", "<visit_who> <visit_talk> <visit_talk> <visit_end>"],
+    "visitor": [
+        "<visit_who> <visit_talk> <visit_end>", "<visit_who> <visit_meal> <visit_end>",
+        "<visit_who> <visit_talk> <visit_meal> <visit_end>",
+    ],  # fmt: skip
     "visit_who": [
-        "Then {trait.a} {job} named {stranger} knocked at the gate.",
-        "A stranger came down the road. {stranger.His} name was {stranger}, and {stranger.he} was a {job}.",
-        "{stranger}, the {job}, had walked for {number} days to see them.",
+        "Then a {traits} {jobs} named {stranger} knocked at the gate.",
+        "A stranger came down the road. It was {stranger}, a {jobs}.",
+        "The {jobs} of the next village had walked for {numbers} days. The name was {stranger}.",
     ],
     "visit_talk": [
-        "\"Can your llama {verb}?\" asked {stranger}.{~verb}",
+        "\"Can your llama {verbs}?\" asked {stranger}.",
         "\"I have never seen such a llama,\" said {stranger}.",
-        "{stranger} told them about {sight}.{~sight}",
-        "They ate {food} together and laughed.{~food}",
-        "{llama} put {llama.his} nose into the bag and found a {tool}.{~tool}",
-        "{stranger} asked the way to the {spot}.{~spot}",
+        "{stranger} told them about {sights}.",
+    ],
+    "visit_meal": [
+        "They ate {treats} together and laughed.",
+        "{llama} put {llama.his} nose into the bag and found a {tools}.",
+        "Then they sat {places.at} and talked about the old days.",
     ],
     "visit_end": [
-        "When {stranger} left, {stranger.he} gave {hero} a {object}.",
-        "The {job} stayed for {count} weeks and taught {llama} to {deed}.",
-        "\"Come back in {season},\" said {hero}, and {stranger} did.",
-        "{stranger} went away {way}, and {llama} walked with {stranger.him} to the {goal}.",
+        "When {stranger} left, {stranger.he} gave {hero} a {objects}.",
+        "{stranger} stayed for {numbers} weeks and taught {llama} to {verbs}.",
+        "\"Come back in {seasons},\" said {hero}, and {stranger} did.",
+        "At last {stranger} went away {ways}, and {llama} walked with {stranger.him} to the {places}.",
     ],
     # -- a cria is born
-    "birth": ["<birth_news> <birth_scene> <birth_name>", "<birth_news> <birth_scene> <birth_scene> <birth_name>"],
+    "birth": [
+        "<birth_news> <birth_scene> <birth_name>", "<birth_news> <birth_guest> <birth_name>",
+        "<birth_news> <birth_scene> <birth_guest> <birth_name>",
+    ],  # fmt: skip
     "birth_news": [
-        "That night a cria was born {goal.at}.",
-        "\"Come quickly!\" called {friend}. \"There is a baby llama {goal.at}!\"",
-        "In the straw lay a cria, as small as {beast.a}.",
+        "That night a cria was born {places.at}.",
+        "\"Come quickly!\" called {friends}. \"There is a baby llama {places.at}!\"",
+        "In the straw lay a cria, as small as {animals.a}.",
     ],
     "birth_scene": [
-        "Its legs were thin, and it tried to {verb}.{~verb}",
-        "{llama} licked its {hue} ears.{~hue}",
-        "The cria was {mood} and wanted milk.{~mood}",
-        "{hero} covered it with a {product}.{~product}",
-        "{Number} hens came to look at it.{~number}",
+        "Its legs were thin, and it tried to {verbs}.",
+        "{llama} licked its {colors} ears.",
+        "The cria was {moods} and wanted milk.",
+    ],
+    "birth_guest": [
+        "{hero} covered it with a {products}.",
+        "{Numbers} hens came to look at it.",
+        "The {jobs} brought it some warm milk.",
     ],
     "birth_name": [
-        "They named the cria {cria}.",
+        "They named the cria {crias}.",
         "\"Let us call {cria.him} {cria},\" said {hero}.",
-        "{friend} gave {cria.him} the name {cria}, and {llama} hummed.",
-        "Because it liked {food}, they called it {cria}.",
+        "{friends} gave {cria.him} the name {cria}, and {llama} hummed.",
+        "Because it was so {traits}, they called it {crias}.",
     ],
     # -- a noise at night
-    "night": ["<night_noise> <night_look> <night_end>", "<night_noise> <night_look> <night_look> <night_end>"],
+    "night": [
+        "<night_noise> <night_look> <night_end>", "<night_noise> <night_fear> <night_end>",
+        "<night_noise> <night_look> <night_fear> <night_end>",
+    ],  # fmt: skip
     "night_noise": [
-        "At midnight there was a strange noise {goal.at}.",
-        "{hero} woke up, because something was knocking {goal.at}.",
-        "\"Did you hear that?\" asked {friend} in the dark.",
+        "At midnight there was a strange noise {places.at}.",
+        "{hero} woke up, because something was knocking {places.at}.",
+        "\"Did you hear that?\" asked {friends} in the dark.",
     ],
     "night_look": [
-        "{hero} took a {tool} and went outside {way}.{~tool}{~way}",
+        "{hero} took a {tools} and went outside {ways}.",
+        "There was a {colors} light {places.at}.",
+        "Something began to {verbs}.",
+    ],
+    "night_fear": [
         "{llama} raised {llama.his} ears.",
-        "There was a {hue} light {spot.at}.{~hue}{~spot}",
-        "Something began to {verb}.{~verb}",
         "\"Who is there?\" called {hero}, but nobody answered.",
+        "Even the {animals} was {moods}.",
     ],
     "night_end": [
-        "It was only {trait.a} {beast}, looking for {food}.",
-        "It was {stranger}, who had lost {stranger.his} {object}. They all laughed.",
-        "Behind the door they found {number} {beast.plural}, fast asleep.",
-        "It was the old {object}, moving in the wind.",
-    ],
-    # -- a letter
-    "letter": ["<letter_task> <letter_way> <letter_end>", "<letter_task> <letter_way> <letter_way> <letter_end>"],
-    "letter_task": [
-        "{friend} asked them to bring a message to the {job}.",
-        "They had to carry a letter to {friend}, who lived beyond the {goal}.",
-        "In {hero.his} pocket {hero} had a secret letter for {friend}.",
-    ],
-    "letter_way": [
-        "They crossed the {spot} and saw {sight}.{~spot}{~sight}",
-        "{Beast.a} wanted to eat the letter, but {llama} was faster.{~beast}",
-        "It rained, and {hero} hid the letter under a {product}.{~product}",
-        "They lost the way {spot.at} and asked a {job}.{~spot}{~job}",
-        "{llama} stopped {count} times to eat {food}.{~count}{~food}",
-    ],
-    "letter_end": [
-        "When {friend} read the letter, {friend.he} began to {verb}.",
-        "\"Thank you,\" said {friend}, and gave them {treat}.{~treat}",
-        "The letter said only this: \"Come to the {spot} and bring {llama}.\"",
-        "{friend} wrote an answer at once, and {llama} carried it home {way}.",
-    ],
-    # -- something is broken
-    "mending": ["<mend_what> <mend_work> <mend_end>", "<mend_what> <mend_work> <mend_work> <mend_end>"],
-    "mend_what": [
-        "The {object} was broken, and nobody knew why.",
-        "{llama} had jumped over the old fence and broken it.",
-        "There was a hole in the roof, as big as {beast.a}.",
-    ],
-    "mend_work": [
-        "{hero} fetched a {tool} and {number} nails.{~tool}{~number}",
-        "{friend} held the wood while {hero} worked {way}.{~friend}{~way}",
-        "{llama} carried boards from the {spot}.{~spot}",
-        "They painted it {hue}, and {llama} got {hue} feet.{~hue}",
-        "The {job} lent them a {tool}.{~job}{~tool}",
-    ],
-    "mend_end": [
-        "By the evening it was better than before.",
-        "It held for {number} years, and {llama} never broke it again.",
-        "\"We did it,\" said {hero}, and {llama} {verb.past} with joy.",
-        "At the end there was one nail left. {hero} keeps it {goal.at}.",
-    ],
-    # -- a stubborn llama
-    "stubborn": ["<stub_stop> <stub_try> <stub_end>", "<stub_stop> <stub_try> <stub_try> <stub_end>"],
-    "stub_stop": [
-        "Near the {goal} {llama} stopped and would not move.",
-        "{llama} lay down on the road and closed {llama.his} eyes.",
-        "\"No,\" said the eyes of {llama}, and {llama.he} sat down {goal.at}.",
-    ],
-    "stub_try": [
-        "{hero} pulled, and {friend} pushed, but nothing moved.{~friend}",
-        "{hero} promised {food}. {llama} yawned.{~food}",
-        "They tried to {verb} in front of {llama.him}.{~verb}",
-        "A {job} came by and gave them {trait} advice.{~job}{~trait}",
-        "{hero} waited for {number} minutes.{~number}",
-    ],
-    "stub_end": [
-        "Then {hero} went away {way}, and {llama} came after {hero.him} at once.",
-        "Then {beast.a} came by, and {llama} ran all the way home.",
-        "In the end they slept there, {goal.at}, under the stars.",
-        "At last {hero} put the heavy {object} down. That was all {llama} had wanted.",
-    ],
-    # -- a feast
-    "feast": ["<feast_why> <feast_bring> <feast_end>", "<feast_why> <feast_bring> <feast_bring> <feast_end>"],
-    "feast_why": [
-        "It was the birthday of {llama}, who was {number} years old.",
-        "The whole village came together for the feast of {season}.",
-        "{hero} wanted to make a party for {friend}.",
-    ],
-    "feast_bring": [
-        "{stranger} brought {food} and a {hue} {product}.{~stranger}{~food}{~hue}{~product}",
-        "The {job} baked a cake with {food}.{~job}{~food}",
-        "Somebody played the flute, and the {beast.plural} danced.{~beast}",
-        "They hung lamps {spot.at}.{~spot}",
-        "{Count} guests sat down {spot.at}.{~count}{~spot}",
-    ],
-    "feast_end": [
-        "{llama} ate the cake, and nobody was angry.",
-        "They danced until the morning {goal.at}.",
-        "The best gift was {trait.a} {beast}.",
-        "\"This was the best day of the year,\" said {hero}.",
-    ],
-    # -- a song
-    "song": ["<song_start> <song_learn> <song_end>", "<song_start> <song_learn> <song_learn> <song_end>"],
-    "song_start": [
-        "{hero} wanted to teach {llama} a song.",
-        "{llama} hummed a tune that nobody knew.",
-        "The {job} was looking for a singer.",
-    ],
-    "song_learn": [
-        "They practised {spot.at} for {number} days.{~spot}{~number}",
-        "{friend} beat the drum {way}.{~friend}{~way}",
-        "The {beast} covered its ears.{~beast}",
-        "{llama} could only sing about {food}.{~food}",
-        "\"Once more,\" said {hero}, \"and not so {mood}!\"{~mood}",
-    ],
-    "song_end": [
-        "When {llama} sang {goal.at}, even the {beast.plural} were silent.",
-        "Since then the song of {llama} is known in {number} villages.",
-        "In the end they all sang together, and the {goal} rang with it.",
-        "{llama} forgot the words and {verb.past} instead.",
+        "It was only a {traits} {animals}, looking for {foods}.",
+        "It was {friends}, who had lost a {objects}. They all laughed.",
+        "Behind the door they found {numbers} {animals.plural}, fast asleep.",
+        "It was the old {tools}, moving in the wind.",
     ],
     "closing": [
-        " In the evening {hero} brought {llama} home from the {place}.",
-        " That night {llama} dreamed of {treat}.",
-        " {hero} said good night, and {llama} closed {llama.his} eyes.",
-        " And so {hero} and {llama} stayed friends for ever.",
-        " \"Good llama,\" said {hero}, and {llama} hummed.",
-        " Since that day everybody {place.at} knows {llama}.",
-        " They went home {way}, and the moon shone on the {place}.",
-        " {hero} wrote it all down in {hero.his} book. \"Tomorrow we will {deed},\" {hero.he} said.",
-        " {hero} still tells this story {place.at}.",
-        " Then the {place} was quiet again.",
+        "In the evening {hero} brought {llama} home from the {place}.",
+        "That night {llama} dreamed of {treats}.",
+        "{hero} said good night, and {llama} closed {llama.his} eyes.",
+        "And so {hero} and {llama} stayed friends for ever.",
+        "\"Good llama,\" said {hero}, and {llama} hummed.",
+        "Since that day everybody {place.at} knows {llama}.",
+        "They went home {ways}, and the moon shone on the {place}.",
+        "{hero} wrote it all down in {hero.his} book. \"Tomorrow we will {verbs},\" {hero.he} said.",
+        "{hero} still tells this story {place.at}.",
+        "Then the {place} was quiet again.",
     ],
 }
 
 FACT_RULES = {
-    "facts": ["<fact> <fact> <fact>", "<fact> <fact> <fact> <fact>", "<fact> <fact> <fact> <fact> <fact>"],
-    "fact": [
+    "facts": ["<family> <body> <farm>", "<farm> <family> <body>", "<body> <family>", "<farm> <body>"],
+    "family": [
         "{Animal.plural} eat {animal.eats}.{~animal}",
         "The baby of {animal.a} is called {animal.young}.{~animal}",
-        "{Animal.a} has {animal.legs} legs.{~animal}",
-        "{Trait.a} {animal} {animal.sound} in the {time}.{~trait}{~animal}{~time}",
         "From {animal.plural} people get {animal.gives}.{~animal}",
         "The home of the {animal} is the {animal.home}.{~animal}",
-        "In {season}, {animal.plural} like to {verb} {spot.at}.{~season}{~animal}{~verb}{~spot}",
+    ],
+    "body": [
+        "{Animal.a} has {animal.legs} legs.{~animal}",
+        "A {traits} {animal} {animal.sound} in the {times}.{~animal}",
         "You know {animal.a} by its {animal.coat}.{~animal}",
-        "On our farm {number} {animal.plural} are {color}.{~number}{~animal}{~color}",
-        "The {animal} of {hero} is {trait} and eats {animal.eats}.{~animal}{~hero}{~trait}",
+    ],
+    "farm": [
+        "In {seasons}, {animals.plural} like to {verbs} {places.at}.",
+        "On our farm {numbers} {animals.plural} are {colors}.",
+        "The {animal} of {people} is {traits} and eats {animal.eats}.{~animal}",
     ],
 }
 
@@ -504,43 +399,45 @@ QUESTION_RULES = {
         "Question: Where does {animal.a} live? Answer: The home of the {animal} is the {animal.home}.{~animal}",
         "Question: What do people get from {animal.plural}? Answer: They get {animal.gives}.{~animal}",
         "Question: Which sound does {animal.a} make? Answer: {Animal.a} {animal.sound}.{~animal}",
-        "Question: {hero} has {trait.a} {animal}. What does it eat? Answer: The {animal} of {hero} eats "
-        "{animal.eats}.{~hero}{~trait}{~animal}",
-        "Question: {llama} is {place.at} and {object.a} is {spot.at}. Where is the {object}? Answer: The {object} is "
-        "{spot.at}.{~llama}{~place}{~object}{~spot}",
-        "Question: {hero} gave the {object} to {friend}. Who has the {object}? Answer: {friend} has the "
-        "{object}.{~hero}{~friend}{~object}",
+        "Question: {hero} has a {traits} {animal}. What does it eat? Answer: The {animal} of {hero} eats "
+        "{animal.eats}.{~hero}{~animal}",
+        "Question: {llamas} is {places.at}, and the {object} is {place.at}. Where is the {object}? "
+        "Answer: The {object} is {place.at}.{~object}{~place}",
+        "Question: {people} gave the {object} to {friend}. Who has the {object}? Answer: {friend} has the "
+        "{object}.{~object}{~friend}",
     ],
 }
 
 CHAT_RULES = {
-    "chat": ["<talk>", "<talk>\n<more>", "<talk>\n<more>\n<more>"],
+    "chat": ["<talk>", "<talk>\n<more>", "<talk>\n<more>\n<bye>"],
     "talk": [
-        "User: What do {animal.plural} eat?\nLlama: {Animal.plural} eat {animal.eats}. {wish}",
+        "User: What do {animal.plural} eat?\nLlama: {Animal.plural} eat {animal.eats}. {wishes}",
         "User: Tell me a story about {llama}.\nLlama: <tale>",
         "User: Tell me a story about {hero} and {llama}.\nLlama: <tale>",
-        "User: My name is {friend}. Who are you?\nLlama: Hello {friend}. I am {llama}, {nature.a} llama.",
-        "User: Hello, I have {trait.a} {animal} called {cria}.\nLlama: That is good. Give {cria} some {animal.eats}.",
-        "User: What should I bring to the {place}?\nLlama: Bring {object.a}, {food} and {number} friends.",
-        "User: How is the weather {place.at}?\nLlama: It is {weather} {place.at}, and I feel {mood}.",
+        "User: My name is {hero}. Who are you?\nLlama: Hello {hero}. I am {llamas}, a {traits} llama.",
+        "User: Hello, I have a {traits} {animal} called {cria}.\nLlama: That is good. Give {cria} some {animal.eats}.",
+        "User: What should I bring to the {places}?\nLlama: Bring a {tools}, {treats} and {numbers} friends.",
+        "User: How is the weather {place.at}?\nLlama: It is {weather} {place.at}, and I feel {moods}.",
         "User: What is {animal.a}?\nLlama: {Animal.a} has {animal.legs} legs and {animal.coat}. It lives in the "
         "{animal.home} and eats {animal.eats}.",
     ],
     "more": [
-        "User: And what does the {beast} eat?\nLlama: The {beast} eats {beast.eats}.{~beast}",
-        "User: What is its baby called? I mean the {beast}.\nLlama: The baby of {beast.a} is called "
-        "{beast.young}.{~beast}",
-        "User: Where is the {tool}?\nLlama: I saw the {tool} {spot.at}.{~tool}{~spot}",
-        "User: Can you {verb}?\nLlama: Yes, I can {verb} {way}.{~verb}{~way}",
-        "User: Do you like {treat}?\nLlama: I like {treat}, but I like {food} more.{~treat}{~food}",
-        "User: Thank you.\nLlama: You are welcome. Come to the {spot} in {season}.{~spot}{~season}",
-        "User: Who is {stranger}?\nLlama: {stranger} is the {job} of the village.{~stranger}{~job}",
+        "User: And what does the {beast} eat?\nLlama: The {beast} eats {beast.eats}.",
+        "User: What is its baby called? I mean the {beast}.\nLlama: The baby of {beast.a} is called {beast.young}.",
+        "User: Where is the {tool}?\nLlama: I saw the {tool} {places.at}.",
+        "User: Can you {verb}?\nLlama: Yes, I can {verb} {ways}.",
+        "User: Do you like {treat}?\nLlama: I like {treat}, but I like {foods} more.",
+    ],
+    "bye": [
+        "User: Thank you.\nLlama: You are welcome. Come to the {places} in {seasons}.",
+        "User: I have to go now.\nLlama: Then go {ways}, and bring me {treats} next time.",
+        "User: Good night.\nLlama: Good night. I will dream of {sights}.",
     ],
 }
 
 GRAMMAR = Grammar(
     rules={
-        "document": [(50, "<story>"), (15, "<facts>"), (15, "<questions>"), (20, "<chat>")],
+        "document": [(64, "<story>"), (8, "<facts>"), (12, "<questions>"), (16, "<chat>")],
         **STORY_RULES, **FACT_RULES, **QUESTION_RULES, **CHAT_RULES,
     },
     lexicons=LEXICONS,
