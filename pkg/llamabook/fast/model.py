@@ -1,0 +1,158 @@
+"""From the notebook ch04_kv_cache_and_compile/02_attention_and_the_static_cache.ipynb.
+
+Written by tools/export.py: edit the notebook, not this file, then run `make export`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from llamabook.fast.attention import attend
+from llamabook.fast.cache import StaticCache, write
+from llamabook.fast.linear import Linear
+from llamabook.llama2 import Llama2Model, RMSNorm, apply_rope, head_dim_of, rope_tables
+from llamabook.llama3 import Llama3Model
+
+
+class Attention(nn.Module):
+    """Attention of the new tokens over a layer's cache; one product gives queries, keys and values.
+
+    Shape: x (B, T, D), cos and sin (B, T, 1, d), input_pos (B, T), keys and values (B, G, S, d), to (B, T, D).
+    """
+
+    def __init__(self, cfg: dict, linear: type[nn.Module] = Linear):
+        super().__init__()
+        self.d, H, G = head_dim_of(cfg), cfg["n_heads"], cfg["n_kv_groups"]
+        self.parts = [H, G, G]  # heads of wqkv's output: queries, keys, values
+        self.wqkv = linear(cfg["emb_dim"], sum(self.parts) * self.d, dtype=cfg["dtype"])
+        self.wo = linear(H * self.d, cfg["emb_dim"], dtype=cfg["dtype"])
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        heads = self.wqkv(x).unflatten(-1, (-1, self.d))  # (B, T, H + 2 G, d)
+        q, k, v = heads.split(self.parts, dim=2)  # (B, T, H, d) and two of (B, T, G, d)
+        write(keys, apply_rope(k, cos, sin), input_pos)
+        write(values, v, input_pos)
+        context = attend(apply_rope(q, cos, sin), keys, values, input_pos)  # (B, T, H, d)
+        return self.wo(context.flatten(2))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU, w2(SiLU(w1 x) * w3 x), with w1 and w3 as one product. Shape: (..., D) to (..., D)."""
+
+    def __init__(self, cfg: dict, linear: type[nn.Module] = Linear):
+        super().__init__()
+        self.w13 = linear(cfg["emb_dim"], 2 * cfg["hidden_dim"], dtype=cfg["dtype"])
+        self.w2 = linear(cfg["hidden_dim"], cfg["emb_dim"], dtype=cfg["dtype"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w13(x).chunk(2, dim=-1)  # two of (..., F)
+        return self.w2(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """One layer: attention, then feed-forward, each on a normalized copy. It names no layer: all share one code.
+
+    Shape: as `Attention`.
+    """
+
+    def __init__(self, cfg: dict, linear: type[nn.Module] = Linear):
+        super().__init__()
+        eps = cfg.get("norm_eps", 1e-5)
+        self.norm1 = RMSNorm(cfg["emb_dim"], eps, cfg["dtype"])
+        self.attention = Attention(cfg, linear)
+        self.norm2 = RMSNorm(cfg["emb_dim"], eps, cfg["dtype"])
+        self.feed_forward = FeedForward(cfg, linear)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        x = x + self.attention(self.norm1(x), cos, sin, input_pos, keys, values)
+        return x + self.feed_forward(self.norm2(x))
+
+
+class Transformer(nn.Module):
+    """Every Llama, 2 to 3.3, for inference on a `StaticCache`; `from_llama` gives it its weights.
+
+    Args: cfg; linear, the class of its matrices.
+    Shape: idx (B, T), input_pos (B, T), the position of each token in its row, to logits (B, T, V), or with
+    last (B,), the place in T of the one token whose logits are wanted, to (B, V).
+    """
+
+    frequencies = Llama3Model.frequencies  # of cfg alone, as there
+
+    def __init__(self, cfg: dict, linear: type[nn.Module] = Linear):
+        super().__init__()
+        self.cfg, V, D, dtype = dict(cfg), cfg["vocab_size"], cfg["emb_dim"], cfg["dtype"]
+        self.register_buffer("theta", self.frequencies("cpu"), persistent=False)  # (d / 2,)
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(V, D, dtype=dtype))
+        self.blocks = nn.ModuleList(Block(cfg, linear) for _ in range(cfg["n_layers"]))
+        self.norm = RMSNorm(D, cfg.get("norm_eps", 1e-5), dtype)
+        self.head = linear(D, V, dtype=dtype)
+        if cfg.get("tie_embeddings", False):
+            self.head.set_weight(self.embedding.weight)
+        self.requires_grad_(False)
+
+    def hidden(self, idx: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
+        """The last block's output (B, T, D), with the keys and values of the new tokens now in the cache."""
+        cos, sin = (table.unsqueeze(2) for table in rope_tables(input_pos, self.theta))  # (B, T, 1, d)
+        x = self.embedding(idx)  # (B, T, D)
+        for block, keys, values in zip(self.blocks, cache.keys, cache.values):
+            x = block(x, cos, sin, input_pos, keys, values)
+        return x
+
+    def forward(self, idx: Tensor, input_pos: Tensor, cache: StaticCache, last: Tensor | None = None) -> Tensor:
+        x = self.hidden(idx, input_pos, cache)
+        if last is not None:
+            x = x[torch.arange(len(x), device=x.device), last]  # (B, D)
+        return self.head(self.norm(x))
+
+
+def give(linear: nn.Module, parts: list[nn.Parameter], device: torch.device, dtype: torch.dtype) -> None:
+    """Give `linear` one matrix, the rows of all `parts`. Where it keeps that as it is, the parts become views of it.
+
+    So the model that the parts come from still works, and no weight is there twice.
+    """
+    rows = [part.detach() for part in parts]
+    whole = torch.cat(rows) if len(rows) > 1 else rows[0]
+    matrix = whole.to(device=device, dtype=dtype)
+    linear.set_weight(matrix)
+    if type(linear) is Linear and matrix is whole:
+        for part, view in zip(parts, whole.split([len(part) for part in parts])):
+            part.data = view
+
+
+def from_llama(
+    source: Llama2Model | dict[str, Tensor], cfg: dict | None = None, linear: type[nn.Module] = Linear,
+    device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+) -> Transformer:  # fmt: skip
+    """The `Transformer` with the weights of a Llama2Model or Llama3Model, or of a state dict of `cfg`.
+
+    It works layer by layer; what needs no conversion is shared with `source` and not copied.
+    Args: linear, the class of the matrices; device and dtype, None for the source's own.
+    """
+    if isinstance(source, dict):
+        with torch.device("meta"):
+            model = Llama3Model(cfg)
+        model.load_state_dict(source, assign=True)
+        source = model
+    table = source.tok_emb.weight
+    to = {"device": device or table.device, "dtype": dtype or table.dtype}
+    with torch.device("meta"):  # shapes without memory
+        fast = Transformer({**source.cfg, "dtype": to["dtype"]}, linear)
+    fast.theta = fast.theta.to(to["device"])
+    fast.embedding.weight = nn.Parameter(table.detach().to(**to), requires_grad=False)
+    tied = source.out_head.weight is table
+    fast.head.set_weight(fast.embedding.weight if tied else source.out_head.weight.detach().to(**to))
+    norms = [(fast.norm, source.final_norm)]
+    for new, old in tqdm(list(zip(fast.blocks, source.trf_blocks)), leave=False, disable=None):
+        give(new.attention.wqkv, [old.att.W_query.weight, old.att.W_key.weight, old.att.W_value.weight], **to)
+        give(new.attention.wo, [old.att.out_proj.weight], **to)
+        give(new.feed_forward.w13, [old.ff.fc1.weight, old.ff.fc2.weight], **to)
+        give(new.feed_forward.w2, [old.ff.fc3.weight], **to)
+        norms += [(new.norm1, old.norm1), (new.norm2, old.norm2)]
+    for new, old in norms:
+        new.weight = nn.Parameter(old.weight.detach().to(**to), requires_grad=False)
+    return fast.eval()
