@@ -1,37 +1,107 @@
 """Kernels for decoding on a CPU, written by hand: C++ where it can be built, torch's own operators elsewhere.
 
-- `linear(x, weight)` is `F.linear` for any number of rows, and reads bf16 weights at the speed of the memory for few.
+- `linear(x, weight)` is `F.linear` for any number of rows, and reads the weights at the speed of the memory for few.
 - `decode_attention(q, keys, values, input_pos)` attends from a few positions to a cache of many.
+- `read_all(x)` reads the memory of a tensor once: the speed limit of the other two.
 - `ready()` builds or loads the C++ on first use and says whether there is any; LLAMABOOK_KERNELS=0 switches it off.
 
-Importing this package builds nothing.
+Importing this package builds nothing. Everything here can be compiled by torch.compile in one graph.
 """
+
+import os
+import sys
+import threading
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["decode_attention", "linear", "ready"]
+from llamabook.fast.kernels.build import NoKernels, build
+
+__all__ = ["MAX_QUERIES", "MAX_ROWS", "NoKernels", "decode_attention", "linear", "read_all", "ready"]
+
+MAX_ROWS = 8  # with more, F.linear's blocks reuse what they read, and win
+MAX_QUERIES = 8  # new positions per row of the batch; prefill has more, and other kernels
+DTYPES = (torch.float32, torch.bfloat16)
+
+_loaded: bool | None = None  # not tried yet
+_loading = threading.Lock()
 
 
+@torch.compiler.assume_constant_result
 def ready() -> bool:
-    """Whether the C++ kernels can be used here; the first call builds or loads them."""
-    return False
+    """Whether the C++ kernels can be used here; the first call builds or loads them.
+
+    Where they can't, one line on stderr says why, once. torch.compile asks while it traces, and keeps the answer.
+    """
+    global _loaded
+    with _loading:
+        if _loaded is None:
+            _loaded = _load()
+    return _loaded
+
+
+def _load() -> bool:
+    if os.environ.get("LLAMABOOK_KERNELS") == "0":
+        return False
+    try:
+        torch.ops.load_library(build())
+    except (NoKernels, OSError) as error:
+        reason = " ".join(str(error).split())
+        print(f"llamabook: no CPU kernels, so torch's own operators decode, slower: {reason}", file=sys.stderr)
+        return False
+    torch.library.register_fake("llamabook::linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
+    torch.library.register_fake("llamabook::decode_attention", lambda q, keys, values, input_pos: torch.empty_like(
+        q, memory_format=torch.contiguous_format))  # fmt: skip
+    torch.library.register_fake("llamabook::read_all", lambda x: x.new_empty(1, dtype=torch.int32))
+    return True
+
+
+def _ours(*tensors: Tensor) -> bool:
+    """Whether the kernels take these: on the CPU, of one known dtype, and nobody wants their gradients."""
+    first = tensors[0]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in DTYPES
+        and all(tensor.dtype == first.dtype for tensor in tensors)
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and ready()
+    )
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, as `F.linear`: x (..., K) and weight (N, K), of the same dtype, to (..., N)."""
-    return F.linear(x, weight)
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    if not 0 < rows <= MAX_ROWS or weight.stride(-1) != 1 or not _ours(x, weight):
+        return F.linear(x, weight)
+    y = torch.ops.llamabook.linear(x.reshape(rows, x.shape[-1]), weight)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, input_pos: Tensor) -> Tensor:
     """softmax(q K^T / sqrt(d)) V, where the query at position p of a row sees the slots 0..p of that row.
 
     Shape: q (B, T, H, d), keys and values (B, G, S, d), of one dtype, input_pos (B, T), to (B, T, H, d).
-    Query head h reads group h // (H / G). Slots that no query of a row may see are never read by the C++, so what
-    they hold does not matter; every position must be in 0..S - 1.
+    Query head h reads group h // (H / G). What no query of a row may see is not read by the C++, so it does not
+    matter what is there. Every position must be in 0..S - 1.
     """
+    if (
+        q.shape[1] <= MAX_QUERIES
+        and q.shape[3] % 16 == 0
+        and q.shape[3] <= 256
+        and all(tensor.stride(-1) == 1 for tensor in (q, keys, values))
+        and _ours(q, keys, values)
+    ):
+        return torch.ops.llamabook.decode_attention(q, keys, values, input_pos)
     slots = torch.arange(keys.shape[2], device=keys.device)
     visible = slots <= input_pos[:, None, :, None]  # (B, 1, T, S)
     context = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=True)
     return context.transpose(1, 2)  # (B, H, T, d) -> (B, T, H, d)
+
+
+def read_all(x: Tensor) -> Tensor:
+    """Read the memory of `x` once and return one number of it, so that nobody can leave the reading out."""
+    if x.device.type == "cpu" and x.is_contiguous() and ready():
+        return torch.ops.llamabook.read_all(x)
+    whole = x.reshape(-1).view(torch.int32) if x.numel() * x.element_size() % 4 == 0 else x
+    return whole.sum()
