@@ -340,6 +340,101 @@ def train(
     return partial(learn, name=name, output=output, base=base, steps=steps, restart=restart)
 
 
+@app.command()
+def bench(
+    checkpoint_path: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--checkpoint_path",
+            metavar="PATH",
+            help="Folder with weights, or the weight file in it. [default: --shape]",
+            callback=not_a_flag,
+            show_default=False,
+        ),
+    ] = None,
+    shape: Annotated[
+        Optional[str],
+        typer.Option(
+            "--shape",
+            metavar="NAME",
+            help="Random weights of a model's shape: llama3.2-1b, llama3.2-3b, llama3-8b, llama3.1-8b, llama2-7b or an "
+            "embedded model's. [default: an embedded model's]",
+            callback=not_a_flag,
+            show_default=False,
+        ),
+    ] = None,
+    modes: Annotated[
+        str,
+        typer.Option(
+            "--modes",
+            metavar="LIST",
+            help="What to compare, with commas between: regular, fast, kv_cache and static, each also with _compiled.",
+            callback=not_a_flag,
+        ),
+    ] = "regular,regular_compiled,kv_cache,kv_cache_compiled,static,static_compiled",
+    device: Device = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", metavar="NAME", help="Type of the weights: float32, bfloat16 or float16.", callback=not_a_flag
+        ),
+    ] = "bfloat16",
+    batch_size: Annotated[int, typer.Option("--batch_size", metavar="N", help="How many texts at once.")] = 1,
+    prompt_tokens: Annotated[int, typer.Option("--prompt_tokens", metavar="N", help="How long the prompt is.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", metavar="N", help="How many tokens follow.")] = 48,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="How often each mode has its turn.")] = 9,
+    cold: Annotated[
+        bool,
+        typer.Option("--cold/--no_cold", help="Also start each compiled mode with nothing compiled before."),
+    ] = True,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Measure the CPU kernels alone, against torch's operators; no model.")
+    ] = False,
+    peer: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--peer",
+            metavar="NAME=COMMAND",
+            help="Another program in the rotation, which speaks as llamabook.bench.worker does. Repeatable.",
+        ),
+    ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--output",
+            metavar="FILE",
+            help="Write the rows as JSON, and a figure beside it as PNG.",
+            callback=not_a_flag,
+            show_default=False,
+        ),
+    ] = None,
+) -> Action:
+    """Measure how fast a Llama decodes here, and how fast the memory lets it.
+
+    Each mode runs in a process of its own; they take turns, and beside each turn stands the speed of reading the
+    weights. Prefill and decoding are timed apart.
+    """
+    from llamabook.cli.bench import compare, kernels_alone
+
+    if kernels:
+        return partial(kernels_alone, rounds=rounds, output=output)
+    return partial(
+        compare,
+        checkpoint_path=checkpoint_path,
+        shape=shape,
+        modes=modes,
+        device=device,
+        dtype=dtype,
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        rounds=rounds,
+        cold=cold,
+        peers=tuple(peer or ()),
+        output=output,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what `argv` (default: the program's arguments) asks for and return the exit code."""
     if sys.stdout is None:  # closed by the caller

@@ -1,0 +1,120 @@
+"""What a benchmark measures, written by hand: modes, shapes, and the bytes that a token needs."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llamabook.errors import ContextError, InputError
+
+MODES = {
+    "regular": "no cache: each token reads the whole text again",
+    "fast": "no cache, with fused attention",
+    "kv_cache": "the cache of chapter 4's first page",
+    "static": "the engine: static cache and kernels",
+}
+COMPILED = "_compiled"
+UNCACHED = ("regular", "fast")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One benchmark: a checkpoint, or a shape with random weights, and how much text."""
+
+    checkpoint_path: str | None
+    shape: str | None
+    device: str
+    dtype: str
+    batch_size: int
+    prompt_tokens: int
+    max_new_tokens: int
+
+    def check(self, config: dict) -> None:
+        """Raise InputError or ContextError, in one line, before any process starts."""
+        for name, least in (("batch_size", 1), ("prompt_tokens", 1), ("max_new_tokens", 2)):
+            value = getattr(self, name)
+            if value < least:
+                raise InputError(f"--{name} is {value}: give {least} or more")
+        length = self.prompt_tokens + self.max_new_tokens
+        if length > config["context_length"]:
+            raise ContextError(
+                f"{self.prompt_tokens} prompt tokens and {self.max_new_tokens} new ones are {length}, the context is"
+                f" {config['context_length']}: ask for fewer"
+            )
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def check_modes(words: str) -> list[str]:
+    """The modes in a list like "regular,static_compiled". Raises InputError for one that does not exist."""
+    modes = [word.strip() for word in words.split(",") if word.strip()]
+    for mode in modes:
+        if mode.removesuffix(COMPILED) not in MODES:
+            known = ", ".join(f"{mode}[{COMPILED}]" for mode in MODES)
+            raise InputError(f"there is no mode {mode!r}: this version has {known}")
+    if not modes or len(set(modes)) < len(modes):
+        raise InputError(f"--modes is {words!r}: name each mode once, with commas between")
+    return modes
+
+
+def shapes() -> dict[str, dict]:
+    """The shapes that can be measured without a checkpoint, by name."""
+    from llamabook import llama2, llama3
+
+    return {
+        "llama2-7b": llama2.LLAMA2_CONFIG_7B,
+        "llama3-8b": llama3.LLAMA3_CONFIG_8B,
+        "llama3.1-8b": llama3.LLAMA31_CONFIG_8B,
+        "llama3.2-1b": llama3.LLAMA32_CONFIG_1B,
+        "llama3.2-3b": llama3.LLAMA32_CONFIG_3B,
+    }
+
+
+def config_of(job: Job) -> dict:
+    """The configuration of the job's checkpoint or shape, with the job's dtype."""
+    import torch
+
+    from llamabook import pocket
+    from llamabook.checkpoint import load_config
+
+    known = shapes()
+    if job.checkpoint_path is not None:
+        config = load_config(Path(job.checkpoint_path))
+    elif job.shape in known:
+        config = known[job.shape]
+    elif job.shape in pocket.names():
+        config = load_config(pocket.path(job.shape))
+    else:
+        names = ", ".join([*sorted(known), *pocket.names()])
+        raise InputError(f"there is no shape {job.shape!r}: this version has {names}")
+    return {"rope_freq": None, "n_kv_groups": config["n_heads"], **config, "dtype": getattr(torch, job.dtype)}
+
+
+def cache_bytes_per_slot(config: dict) -> int:
+    """What one token takes in the cache of one row, all layers together."""
+    from llamabook.llama2 import head_dim_of
+
+    return 2 * config["n_layers"] * config["n_kv_groups"] * head_dim_of(config) * config["dtype"].itemsize
+
+
+def weight_bytes(config: dict) -> int:
+    """What one forward reads of the weights: all of them, but of an embedding that is not the head only a few rows."""
+    from llamabook.llama2 import head_dim_of
+
+    D, F, V, d = config["emb_dim"], config["hidden_dim"], config["vocab_size"], head_dim_of(config)
+    attention = 2 * D * d * (config["n_heads"] + config["n_kv_groups"])
+    layer = attention + 3 * D * F + 2 * D
+    return (config["n_layers"] * layer + D + V * D) * config["dtype"].itemsize
+
+
+def bytes_per_step(mode: str, job: Job, config: dict) -> float:
+    """What a decoding step must read and write at least, on average over the steps that are timed.
+
+    The weights once for all rows; in a cached mode, for each row, the slots so far, the one that is written and read
+    in this step included.
+    """
+    read = weight_bytes(config)
+    if mode.removesuffix(COMPILED) in UNCACHED:
+        return read
+    steps = job.max_new_tokens - 1  # step i reads the prompt and i new tokens, 1 <= i <= steps
+    slots = job.prompt_tokens + (1 + steps) / 2
+    return read + job.batch_size * (slots + 1) * cache_bytes_per_slot(config)  # + 1: what is written

@@ -1,0 +1,301 @@
+"""One mode in a process of its own, written by hand: `python -m llamabook.bench.worker`.
+
+It talks in lines of JSON. The first line that it reads names mode and job; it loads, makes its first tokens and
+answers with what that took. For each further line, "round", it measures once and answers. Answers begin with @@, so
+that nothing a library prints is mistaken for one. Another program that speaks so can join the rotation: see --peer.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+from llamabook.bench.job import COMPILED, Job, config_of
+
+ANSWER = "@@"
+FIRST_TOKENS = 3  # of the first run: prefill, a first decoding step, and one that nothing new has to be built for
+PROBES = 5
+
+
+def main() -> None:
+    """Serve stdin until it ends."""
+    sys.stdout.reconfigure(line_buffering=True)
+    order = json.loads(sys.stdin.readline())
+    with Memory() as memory:
+        subject = Subject(order["mode"], Job(**order["job"]), memory)
+        answer(subject.start())
+        for line in sys.stdin:
+            if line.strip() == "round":
+                answer(subject.round())
+
+
+def answer(content: dict) -> None:
+    print(ANSWER + json.dumps(content), flush=True)
+
+
+class Subject:
+    """A loaded mode: how it starts, and how fast it is."""
+
+    def __init__(self, mode: str, job: Job, memory: "Memory"):
+        import torch
+
+        self.mode, self.job, self.memory = mode.removesuffix(COMPILED), job, memory
+        self.compiled = mode.endswith(COMPILED)
+        self.device = torch.device(job.device)
+        if self.compiled:  # what compiling brings along is no cost of the model's
+            torch.compile(lambda x: x + 1)(torch.ones(1, device=self.device))
+        memory.begin(self.device)
+        self.config = config_of(job)
+        generator = torch.Generator().manual_seed(0)
+        shape = (job.batch_size, job.prompt_tokens)
+        self.prompt = torch.randint(0, self.config["vocab_size"], shape, generator=generator).to(self.device)
+        with torch.no_grad():
+            self.model = MAKERS[self.mode](self)
+        self.run = self.run_static if self.mode == "static" else self.run_plain
+
+    def start(self) -> dict:
+        """The first run of this process, then the same again; what both took, and where."""
+        first, again = self.run(FIRST_TOKENS), self.run(FIRST_TOKENS)
+        return {
+            "first_token_s": first[1] - first[0],
+            "compile_s": max(0.0, (first[-1] - first[0]) - (again[-1] - again[0])) if self.compiled else 0.0,
+            "matmul_gflop_per_s": self.matmul_speed(),
+            "versions": versions(self.device),
+            "machine": machine(self.device),
+        }
+
+    def round(self) -> dict:
+        """One timed run between two readings of the weights' memory."""
+        before = self.bandwidth()
+        times = self.run(self.job.max_new_tokens)
+        after = self.bandwidth()
+        steps = len(times) - 2
+        return {
+            "prefill_s": times[1] - times[0],
+            "step_s": (times[-1] - times[1]) / steps,
+            "read_gb_per_s": [before, after],
+            "peak_memory_gb": self.memory.peak_gb(),
+        }
+
+    def bandwidth(self) -> float:
+        """GB/s of reading the largest matrix of the model, the median of a few times."""
+        from llamabook.fast import kernels
+
+        largest = max(self.model.parameters(), key=lambda parameter: parameter.nbytes).detach()
+        speeds = []
+        for _ in range(PROBES):
+            start = self.now()
+            kernels.read_all(largest)
+            speeds.append(largest.nbytes / 1e9 / (self.now() - start))
+        return sorted(speeds)[PROBES // 2]
+
+    def matmul_speed(self) -> float:
+        """GFLOP/s of a product of two large matrices in the job's dtype, the best of a few: the other limit."""
+        import torch
+
+        n = 2048 if self.device.type == "cpu" else 8192
+        a, b = torch.ones(2, n, n, dtype=self.config["dtype"], device=self.device)
+        seconds = []
+        for _ in range(PROBES):
+            start = self.now()
+            a @ b
+            seconds.append(self.now() - start)
+        return 2 * n**3 / 1e9 / min(seconds)
+
+    def now(self) -> float:
+        """The time when all that was asked of the device is done."""
+        import torch
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+        return time.perf_counter()
+
+    def run_plain(self, n: int) -> list[float]:
+        """Generate n tokens greedily; the times of the beginning and after each step."""
+        from llamabook import generate as uncached
+        from llamabook.kv_cache import generate as cached
+
+        stream = cached.stream if self.mode == "kv_cache" else uncached.stream
+        times = [self.now()]
+        for _ in stream(self.model, self.prompt, n, self.config["context_length"]):
+            times.append(self.now())
+        return times
+
+    def run_static(self, n: int) -> list[float]:
+        """As `run_plain`, with the engine."""
+        from llamabook import fast
+
+        times = [self.now()]
+        fast.generate(
+            self.model, self.prompt.tolist(), n, compile=self.compiled, on_token=lambda *token: times.append(self.now())
+        )
+        return times[:1] + times[self.job.batch_size :: self.job.batch_size]  # a step gives one token to each row
+
+
+# ---- models
+
+
+def make_regular(subject: Subject):
+    from llamabook.llama3 import Llama3Model
+
+    return make_llama(subject, Llama3Model)
+
+
+def make_fast(subject: Subject):
+    from llamabook.llama3 import Llama3ModelFast
+
+    return make_llama(subject, Llama3ModelFast)
+
+
+def make_kv_cache(subject: Subject):
+    from llamabook.kv_cache.llama3 import Llama3Model
+
+    return make_llama(subject, Llama3Model)
+
+
+def make_llama(subject: Subject, kind: type):
+    """A model of the class `kind` with the checkpoint's weights or random ones, compiled if the mode says so."""
+    import torch
+
+    with torch.device("meta"):
+        model = kind(subject.config)
+    if subject.job.checkpoint_path is None:
+        model = fill(model.to_empty(device=subject.device))
+    else:
+        from llamabook.checkpoint import load_model
+
+        dtype = subject.config["dtype"]
+        loaded = load_model(Path(subject.job.checkpoint_path), device=subject.device, dtype=dtype)
+        model.load_state_dict(loaded.state_dict(), assign=True)
+    model = model.eval().requires_grad_(False)
+    return torch.compile(model) if subject.compiled else model
+
+
+def make_static(subject: Subject):
+    import torch
+
+    from llamabook import fast
+    from llamabook.fast.model import Transformer
+
+    if subject.job.checkpoint_path is not None:
+        dtype = subject.config["dtype"]
+        return fast.load(Path(subject.job.checkpoint_path), dtype=dtype, device=subject.device)[0]
+    with subject.device:
+        return fill(Transformer(subject.config)).eval().requires_grad_(False)
+
+
+MAKERS = {"regular": make_regular, "fast": make_fast, "kv_cache": make_kv_cache, "static": make_static}
+
+
+def fill(model):
+    """Random weights in memory of their own, at the speed of copying: one million numbers, over and over."""
+    import torch
+
+    numbers = torch.empty(1_000_003).normal_(std=0.02, generator=torch.Generator().manual_seed(1))
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.fill_(1.0)
+            continue
+        flat, pattern = parameter.view(-1), numbers.to(parameter)
+        whole = len(flat) // len(pattern) * len(pattern)
+        flat[:whole].view(-1, len(pattern)).copy_(pattern.expand(whole // len(pattern), -1))
+        flat[whole:].copy_(pattern[: len(flat) - whole])
+    return model
+
+
+# ---- the process and the machine
+
+
+class Memory:
+    """The most memory that this process held since `begin`, above what it held then.
+
+    On a CPU its own pages (RssAnon), looked at every few milliseconds: files that are mapped do not count. On a GPU
+    what torch has allocated there.
+    """
+
+    def __init__(self):
+        self.base = self.peak = 0
+        self.device, self.done = None, threading.Event()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+
+    def __enter__(self) -> "Memory":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.done.set()
+
+    def begin(self, device) -> None:
+        self.device, self.base = device, anonymous_bytes()
+        self.watcher.start()
+
+    def watch(self) -> None:
+        while not self.done.wait(0.005):
+            self.peak = max(self.peak, anonymous_bytes())
+
+    def peak_gb(self) -> float:
+        import torch
+
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return max(0, self.peak - self.base) / 1e9
+
+
+def anonymous_bytes() -> int:
+    """The pages of this process that no file stands behind; elsewhere than on Linux, the most it ever held."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions(device) -> dict:
+    """What was measured, by version."""
+    import platform
+
+    import torch
+
+    import llamabook
+    from llamabook.fast import kernels
+
+    found = {"llamabook": llamabook.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    if device.type == "cpu":
+        found["kernels"] = "C++" if kernels.ready() else "none"
+    if device.type == "cuda":
+        found["cuda"] = torch.version.hip or torch.version.cuda
+    return found
+
+
+def machine(device) -> dict:
+    """Where it was measured."""
+    import platform
+
+    import torch
+
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    found = {
+        "cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(), "system": platform.system(),
+    }  # fmt: skip
+    if device.type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(device)
+    return found
+
+
+if __name__ == "__main__":
+    main()
