@@ -83,7 +83,7 @@ class Speaker:
 
         from llamabook import pocket
         from llamabook.checkpoint import load_config, load_model
-        from llamabook.tokenizer import chat_format, load_tokenizer
+        from llamabook.tokenizer import chat_format, load_tokenizer, tokenizer_folder
 
         self.device = torch.device(pick_device(device))
         dtype = pick_dtype(dtype)
@@ -147,16 +147,6 @@ class Speaker:
         write(streamer.flush())
         ended = bool(drawn) and drawn[-1] in self.tokenizer.stop_tokens
         return Spoken(drawn, seconds, ended, cut=room < sampling.max_new_tokens and not ended)
-
-
-def tokenizer_folder(path: Path) -> Path:
-    """Where the tokenizer of a checkpoint is: beside the weights, or where Meta's own downloads put it."""
-    folder = path if path.is_dir() else path.parent
-    places = [folder, folder / "original"]
-    if any(folder.glob("consolidated.*.pth")):
-        places.append(folder.resolve().parent)
-    names = ("tokenizer.model", "tokenizer.json")
-    return next((place for place in places if any((place / name).exists() for name in names)), folder)
 
 
 def pick_device(name: str | None) -> str:

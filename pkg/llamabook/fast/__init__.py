@@ -1,1 +1,10 @@
-"""The engine: a static cache, a position per row, and decoding at the speed of the memory. Written by hand."""
+"""The engine: a static cache, a position per row, and decoding at the speed of the memory. Written by hand.
+
+    from llamabook import fast
+    model, tokenizer = fast.load("path/to/checkpoint")
+    rows = fast.generate(model, [tokenizer.encode("What do llamas eat?", bos=True)], 100, stop=tokenizer.stop_tokens)
+"""
+
+from llamabook.fast.engine import generate, load, stream
+
+__all__ = ["generate", "load", "stream"]

@@ -16,6 +16,7 @@ __all__ = [
     "chat_format",
     "clean_text",
     "load_tokenizer",
+    "tokenizer_folder",
 ]
 
 
@@ -35,6 +36,16 @@ def load_tokenizer(path: str | Path) -> Llama2Tokenizer | Llama3Tokenizer:
             )
         path = found[0]
     return Llama3Tokenizer(path) if path.is_file() and _is_llama3s(path) else Llama2Tokenizer(path)
+
+
+def tokenizer_folder(path: Path) -> Path:
+    """Where the tokenizer of a checkpoint is: beside the weights, or where Meta's own downloads put it."""
+    folder = path if path.is_dir() else path.parent
+    places = [folder, folder / "original"]
+    if any(folder.glob("consolidated.*.pth")):
+        places.append(folder.resolve().parent)
+    names = ("tokenizer.model", "tokenizer.json")
+    return next((place for place in places if any((place / name).exists() for name in names)), folder)
 
 
 def chat_format(tokenizer: Llama2Tokenizer | Llama3Tokenizer) -> Llama2ChatFormat | ChatFormat:
