@@ -11,7 +11,7 @@ from llamabook.fast import kernels
 
 
 def visible(input_pos: Tensor, n_slots: int) -> Tensor:
-    """Where queries at the positions `input_pos` (B, T) may look: (B, 1, T, S), True for the slots 0 to their own."""
+    """Where the queries at `input_pos` (B, T) may look: (B, 1, T, S), True for the slots 0 to their own."""
     slots = torch.arange(n_slots, device=input_pos.device)  # (S,)
     return slots <= input_pos[:, None, :, None]
 

@@ -12,12 +12,21 @@ from llamabook.errors import ContextError
 from llamabook.llama2 import head_dim_of
 
 
+def write(cache: Tensor, new: Tensor, input_pos: Tensor) -> None:
+    """Put the keys (or values) of new tokens, (B, T, G, d), into their rows' slots of a layer's (B, G, S, d).
+
+    input_pos (B, T) names the slots. Nothing is copied but what is new.
+    """
+    rows = torch.arange(len(new), device=new.device)[:, None]  # (B, 1)
+    cache[rows, :, input_pos] = new.to(cache.dtype)  # the indexed part is (B, T, G, d)
+
+
 class StaticCache:
     """Keys and values of all layers for B rows of S slots, allocated once; slot s of a row is its position s.
 
     It has no position of its own: each call of the model says where its tokens stand.
-    `keys` and `values` are lists of L tensors (B, G, S, d).
     Args: cfg; batch_size B; max_tokens S; dtype, None for cfg["dtype"].
+    keys, values: lists of L tensors (B, G, S, d).
     Raises ContextError if a row shall hold more tokens than the context length.
     """
 
@@ -25,12 +34,11 @@ class StaticCache:
         self, cfg: dict, batch_size: int, max_tokens: int,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        if not 1 <= max_tokens <= cfg["context_length"]:
-            limit = f"a row holds 1 to {cfg['context_length']}, the context length"
-            raise ContextError(f"a cache of {max_tokens} tokens: {limit}")
+        if not 1 <= max_tokens <= (limit := cfg["context_length"]):
+            raise ContextError(f"a cache of {max_tokens} tokens: give 1 to {limit}, the context length")
         shape = (batch_size, cfg["n_kv_groups"], max_tokens, head_dim_of(cfg))  # (B, G, S, d)
         kind = {"device": device, "dtype": dtype or cfg["dtype"]}
-        self.keys = [torch.zeros(shape, **kind) for _ in range(cfg["n_layers"])]  # zeros: 0 * NaN would be NaN
+        self.keys = [torch.zeros(shape, **kind) for _ in range(cfg["n_layers"])]  # zeros: 0 * NaN is NaN
         self.values = [torch.zeros(shape, **kind) for _ in range(cfg["n_layers"])]
 
     @property
@@ -42,17 +50,8 @@ class StaticCache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def first(self, n: int) -> "StaticCache":
-        """The first n slots of each row, as a cache on the same memory: what nobody has written need not be read."""
+        """The first n slots of each row, a cache on the same memory: nobody need read what is empty."""
         part = copy.copy(self)
         part.keys = [keys[:, :, :n] for keys in self.keys]
         part.values = [values[:, :, :n] for values in self.values]
         return part
-
-
-def write(cache: Tensor, new: Tensor, input_pos: Tensor) -> None:
-    """Put the keys (or values) of new tokens, (B, T, G, d), into their rows' slots of a layer's (B, G, S, d).
-
-    input_pos (B, T) names the slots. Nothing is copied but what is new.
-    """
-    rows = torch.arange(len(new), device=new.device)[:, None]  # (B, 1)
-    cache[rows, :, input_pos] = new.to(cache.dtype)  # the indexed part is (B, T, G, d)

@@ -12,7 +12,7 @@ from llamabook.fast import kernels
 class Linear(nn.Module):
     """x W^T without a bias, for inference: the part of the engine that another class may take the place of.
 
-    Such a class is built as this one, from the widths K and N and a dtype; it is given its matrix by `set_weight`.
+    Such a class is built as this one, from the widths K and N and a dtype; `set_weight` gives it its matrix.
     Shape: (..., K) to (..., N).
     """
 
@@ -21,7 +21,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=dtype), requires_grad=False)
 
     def set_weight(self, weight: Tensor) -> None:
-        """Take the matrix (N, K): kept as it is and not copied. Another class may pack it, or take its part."""
+        """Take the matrix (N, K), here as it is, not copied. Another class may pack it, or take a part."""
         kept = isinstance(weight, nn.Parameter)  # a tied head stays the embedding's very parameter
         self.weight = weight if kept else nn.Parameter(weight, requires_grad=False)
 

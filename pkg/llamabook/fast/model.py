@@ -11,14 +11,14 @@ from tqdm import tqdm
 from llamabook.fast.attention import attend
 from llamabook.fast.cache import StaticCache, write
 from llamabook.fast.linear import Linear
-from llamabook.llama2 import Llama2Model, RMSNorm, apply_rope, head_dim_of, rope_tables
+from llamabook.llama2 import Llama2Model, RMSNorm, TransformerBlock, apply_rope, head_dim_of, rope_tables
 from llamabook.llama3 import Llama3Model
 
 
 class Attention(nn.Module):
     """Attention of the new tokens over a layer's cache; one product gives queries, keys and values.
 
-    Shape: x (B, T, D), cos and sin (B, T, 1, d), input_pos (B, T), keys and values (B, G, S, d), to (B, T, D).
+    Shape: x (B, T, D), cos and sin (B, T, 1, d), input_pos (B, T), keys, values (B, G, S, d), to (B, T, D).
     """
 
     def __init__(self, cfg: dict, linear: type[nn.Module] = Linear):
@@ -53,7 +53,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then feed-forward, each on a normalized copy. It names no layer: all share one code.
+    """One layer: attention, then feed-forward, each on a normalized copy; it does not know which layer it is.
 
     Shape: as `Attention`.
     """
@@ -103,56 +103,58 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, input_pos, keys, values)
         return x
 
-    def forward(self, idx: Tensor, input_pos: Tensor, cache: StaticCache, last: Tensor | None = None) -> Tensor:
+    def forward(self, idx: Tensor, input_pos: Tensor, cache: StaticCache, last: Tensor | None = None):
         x = self.hidden(idx, input_pos, cache)
         if last is not None:
             x = x[torch.arange(len(x), device=x.device), last]  # (B, D)
         return self.head(self.norm(x))
 
 
-def give(linear: nn.Module, parts: list[nn.Parameter], device: torch.device, dtype: torch.dtype) -> None:
-    """Give `linear` one matrix, the rows of all `parts`. Where it keeps that as it is, the parts become views of it.
+def give(linear: nn.Module, parts: list[nn.Parameter], to: dict) -> None:
+    """Give `linear` one matrix: the rows of all `parts`, at to["device"] in to["dtype"].
 
-    So the model that the parts come from still works, and no weight is there twice.
+    Where it keeps that matrix as it is, the parts become views of it. So the model that they come from still
+    works, and no weight is in memory twice.
     """
     rows = [part.detach() for part in parts]
     whole = torch.cat(rows) if len(rows) > 1 else rows[0]
-    matrix = whole.to(device=device, dtype=dtype)
+    matrix = whole.to(**to)
     linear.set_weight(matrix)
     if type(linear) is Linear and matrix is whole:
         for part, view in zip(parts, whole.split([len(part) for part in parts])):
             part.data = view
 
 
+def fixed(weight: Tensor, to: dict) -> nn.Parameter:
+    """A weight for inference at to["device"] in to["dtype"]; not copied where it is there already."""
+    return nn.Parameter(weight.detach().to(**to), requires_grad=False)
+
+
+def fill_block(new: Block, old: TransformerBlock, to: dict) -> None:
+    """Give one layer of the engine the weights of one of a Llama2Model or Llama3Model."""
+    give(new.attention.wqkv, [old.att.W_query.weight, old.att.W_key.weight, old.att.W_value.weight], to)
+    give(new.attention.wo, [old.att.out_proj.weight], to)
+    give(new.feed_forward.w13, [old.ff.fc1.weight, old.ff.fc2.weight], to)
+    give(new.feed_forward.w2, [old.ff.fc3.weight], to)
+    new.norm1.weight, new.norm2.weight = fixed(old.norm1.weight, to), fixed(old.norm2.weight, to)
+
+
 def from_llama(
-    source: Llama2Model | dict[str, Tensor], cfg: dict | None = None, linear: type[nn.Module] = Linear,
+    source: Llama2Model, linear: type[nn.Module] = Linear,
     device: torch.device | str | None = None, dtype: torch.dtype | None = None,
 ) -> Transformer:  # fmt: skip
-    """The `Transformer` with the weights of a Llama2Model or Llama3Model, or of a state dict of `cfg`.
+    """The `Transformer` with the weights of a Llama2Model or Llama3Model, filled layer by layer.
 
-    It works layer by layer; what needs no conversion is shared with `source` and not copied.
+    What needs no conversion is shared with `source`, not copied: `source` still works, on the same memory.
     Args: linear, the class of the matrices; device and dtype, None for the source's own.
     """
-    if isinstance(source, dict):
-        with torch.device("meta"):
-            model = Llama3Model(cfg)
-        model.load_state_dict(source, assign=True)
-        source = model
-    table = source.tok_emb.weight
+    table, tied = source.tok_emb.weight, source.out_head.weight is source.tok_emb.weight
     to = {"device": device or table.device, "dtype": dtype or table.dtype}
     with torch.device("meta"):  # shapes without memory
-        fast = Transformer({**source.cfg, "dtype": to["dtype"]}, linear)
-    fast.theta = fast.theta.to(to["device"])
-    fast.embedding.weight = nn.Parameter(table.detach().to(**to), requires_grad=False)
-    tied = source.out_head.weight is table
-    fast.head.set_weight(fast.embedding.weight if tied else source.out_head.weight.detach().to(**to))
-    norms = [(fast.norm, source.final_norm)]
-    for new, old in tqdm(list(zip(fast.blocks, source.trf_blocks)), leave=False, disable=None):
-        give(new.attention.wqkv, [old.att.W_query.weight, old.att.W_key.weight, old.att.W_value.weight], **to)
-        give(new.attention.wo, [old.att.out_proj.weight], **to)
-        give(new.feed_forward.w13, [old.ff.fc1.weight, old.ff.fc2.weight], **to)
-        give(new.feed_forward.w2, [old.ff.fc3.weight], **to)
-        norms += [(new.norm1, old.norm1), (new.norm2, old.norm2)]
-    for new, old in norms:
-        new.weight = nn.Parameter(old.weight.detach().to(**to), requires_grad=False)
-    return fast.eval()
+        new = Transformer({**source.cfg, "dtype": to["dtype"], "tie_embeddings": tied}, linear)
+    new.theta = new.theta.to(to["device"])
+    new.embedding.weight, new.norm.weight = fixed(table, to), fixed(source.final_norm.weight, to)
+    for block, old in tqdm(list(zip(new.blocks, source.trf_blocks)), leave=False, disable=None):
+        fill_block(block, old, to)
+    new.head.set_weight(new.embedding.weight if tied else fixed(source.out_head.weight, to))
+    return new.eval()
