@@ -35,7 +35,9 @@ def measure(rounds: int, size: int = BYTES, say: Callable[[str], None] = lambda 
         for by, row in compare(contenders, weight, weight.nbytes, rounds).items():
             results.append({"what": "linear", "by": by, "rows": rows, **row, **places})
     for slots in SLOTS:
-        layers = max(1, size // (2 * 8 * slots * 64 * 2))  # each with keys and values of its own, as in a model
+        layers = size // (2 * 8 * slots * 64 * 2)  # each with keys and values of its own, as in a model
+        if not layers:
+            continue
         keys, values = weight.view(-1)[: 2 * layers * 8 * slots * 64].view(2, layers, 1, 8, slots, 64)
         q, input_pos = weight.view(-1)[: 32 * 64].view(1, 1, 32, 64) * 50, torch.tensor([[slots - 1]])
         visible = torch.ones(1, 1, 1, slots, dtype=torch.bool)

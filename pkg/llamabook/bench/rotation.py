@@ -24,7 +24,7 @@ class BenchError(LlamaBookError):
 class Process:
     """A mode in its process: it is told what to do in lines, and answers in lines. A context manager that ends it."""
 
-    def __init__(self, name: str, job: Job, command: tuple[str, ...] = WORKER, environment: dict | None = None):
+    def __init__(self, name: str, job: Job, command: tuple[str, ...], environment: dict | None = None):
         self.name = name
         self.log: IO = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self.process = subprocess.Popen(
@@ -67,7 +67,7 @@ class Process:
 
 def cold_start(mode: str, job: Job, cache: Path) -> dict:
     """What a mode's first tokens take with nothing compiled before; afterwards `cache` holds what it compiled."""
-    with Process(mode, job, environment=compile_cache(cache)) as process:
+    with Process(mode, job, WORKER, compile_cache(cache)) as process:
         return process.answer()
 
 

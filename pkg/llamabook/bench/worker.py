@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from importlib import import_module
 from pathlib import Path
 
 from llamabook.bench.job import COMPILED, Job, config_of
@@ -19,12 +20,13 @@ FIRST_TOKENS = 3  # of the first run: prefill, a first decoding step, and one th
 PROBES = 5
 
 
-def main() -> None:
-    """Serve stdin until it ends."""
+def main(kinds: "dict[str, type[Subject]] | None" = None) -> None:
+    """Serve stdin until it ends; `kinds` are the modes that this program knows, without `_compiled`."""
     sys.stdout.reconfigure(line_buffering=True)
     order = json.loads(sys.stdin.readline())
     with Memory() as memory:
-        subject = Subject(order["mode"], Job(**order["job"]), memory)
+        kind = (kinds or KINDS)[order["mode"].removesuffix(COMPILED)]
+        subject = kind(order["mode"], Job(**order["job"]), memory)
         answer(subject.start())
         for line in sys.stdin:
             if line.strip() == "round":
@@ -36,13 +38,12 @@ def answer(content: dict) -> None:
 
 
 class Subject:
-    """A loaded mode: how it starts, and how fast it is."""
+    """A loaded mode: how it starts, and how fast it is. A kind of it says how to `make` the model and `run` it."""
 
     def __init__(self, mode: str, job: Job, memory: "Memory"):
         import torch
 
-        self.mode, self.job, self.memory = mode.removesuffix(COMPILED), job, memory
-        self.compiled = mode.endswith(COMPILED)
+        self.job, self.memory, self.compiled = job, memory, mode.endswith(COMPILED)
         self.device = torch.device(job.device)
         if self.compiled:  # what compiling brings along is no cost of the model's
             torch.compile(lambda x: x + 1)(torch.ones(1, device=self.device))
@@ -52,8 +53,15 @@ class Subject:
         shape = (job.batch_size, job.prompt_tokens)
         self.prompt = torch.randint(0, self.config["vocab_size"], shape, generator=generator).to(self.device)
         with torch.no_grad():
-            self.model = MAKERS[self.mode](self)
-        self.run = self.run_static if self.mode == "static" else self.run_plain
+            self.model = self.make()
+
+    def make(self):
+        """The model, with the checkpoint's weights or random ones."""
+        raise NotImplementedError
+
+    def run(self, n: int) -> list[float]:
+        """Generate n tokens greedily in each row; the times of the beginning and after each step."""
+        raise NotImplementedError
 
     def start(self) -> dict:
         """The first run of this process, then the same again; what both took, and where."""
@@ -114,81 +122,70 @@ class Subject:
             torch.mps.synchronize()
         return time.perf_counter()
 
-    def run_plain(self, n: int) -> list[float]:
-        """Generate n tokens greedily; the times of the beginning and after each step."""
-        from llamabook import generate as uncached
-        from llamabook.kv_cache import generate as cached
 
-        stream = cached.stream if self.mode == "kv_cache" else uncached.stream
+class Plain(Subject):
+    """The models and loops of chapters 1, 2 and 4."""
+
+    module, name = "llamabook.llama3", "Llama3Model"
+    loop = "llamabook.generate"
+
+    def make(self):
+        import torch
+
+        kind = getattr(import_module(self.module), self.name)
+        with torch.device("meta"):
+            model = kind(self.config)
+        if self.job.checkpoint_path is None:
+            model = fill(model.to_empty(device=self.device))
+        else:
+            from llamabook.checkpoint import load_model
+
+            loaded = load_model(Path(self.job.checkpoint_path), device=self.device, dtype=self.config["dtype"])
+            model.load_state_dict(loaded.state_dict(), assign=True)
+        model = model.eval().requires_grad_(False)
+        return torch.compile(model) if self.compiled else model
+
+    def run(self, n: int) -> list[float]:
+        stream = import_module(self.loop).stream
         times = [self.now()]
         for _ in stream(self.model, self.prompt, n, self.config["context_length"]):
             times.append(self.now())
         return times
 
-    def run_static(self, n: int) -> list[float]:
-        """As `run_plain`, with the engine."""
+
+class Fast(Plain):
+    name = "Llama3ModelFast"
+
+
+class Cached(Plain):
+    module, loop = "llamabook.kv_cache.llama3", "llamabook.kv_cache.generate"
+
+
+class Static(Subject):
+    """The engine."""
+
+    def make(self):
+        from llamabook import fast
+        from llamabook.fast.model import Transformer
+
+        if self.job.checkpoint_path is not None:
+            return fast.load(Path(self.job.checkpoint_path), dtype=self.config["dtype"], device=self.device)[0]
+        with self.device:
+            return fill(Transformer(self.config)).eval()
+
+    def run(self, n: int) -> list[float]:
         from llamabook import fast
 
         times = [self.now()]
-        fast.generate(
-            self.model, self.prompt.tolist(), n, compile=self.compiled, on_token=lambda *token: times.append(self.now())
-        )
+
+        def note(row: int, token: int) -> None:
+            times.append(self.now())
+
+        fast.generate(self.model, self.prompt.tolist(), n, compile=self.compiled, on_token=note)
         return times[:1] + times[self.job.batch_size :: self.job.batch_size]  # a step gives one token to each row
 
 
-# ---- models
-
-
-def make_regular(subject: Subject):
-    from llamabook.llama3 import Llama3Model
-
-    return make_llama(subject, Llama3Model)
-
-
-def make_fast(subject: Subject):
-    from llamabook.llama3 import Llama3ModelFast
-
-    return make_llama(subject, Llama3ModelFast)
-
-
-def make_kv_cache(subject: Subject):
-    from llamabook.kv_cache.llama3 import Llama3Model
-
-    return make_llama(subject, Llama3Model)
-
-
-def make_llama(subject: Subject, kind: type):
-    """A model of the class `kind` with the checkpoint's weights or random ones, compiled if the mode says so."""
-    import torch
-
-    with torch.device("meta"):
-        model = kind(subject.config)
-    if subject.job.checkpoint_path is None:
-        model = fill(model.to_empty(device=subject.device))
-    else:
-        from llamabook.checkpoint import load_model
-
-        dtype = subject.config["dtype"]
-        loaded = load_model(Path(subject.job.checkpoint_path), device=subject.device, dtype=dtype)
-        model.load_state_dict(loaded.state_dict(), assign=True)
-    model = model.eval().requires_grad_(False)
-    return torch.compile(model) if subject.compiled else model
-
-
-def make_static(subject: Subject):
-    import torch
-
-    from llamabook import fast
-    from llamabook.fast.model import Transformer
-
-    if subject.job.checkpoint_path is not None:
-        dtype = subject.config["dtype"]
-        return fast.load(Path(subject.job.checkpoint_path), dtype=dtype, device=subject.device)[0]
-    with subject.device:
-        return fill(Transformer(subject.config)).eval().requires_grad_(False)
-
-
-MAKERS = {"regular": make_regular, "fast": make_fast, "kv_cache": make_kv_cache, "static": make_static}
+KINDS = {"regular": Plain, "fast": Fast, "kv_cache": Cached, "static": Static}
 
 
 def fill(model):
