@@ -19,6 +19,7 @@ from pathlib import Path
 
 import answers_ch02
 import answers_ch03
+import answers_ch04
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,17 +28,20 @@ from llamabook import checks
 from llamabook.checks.core import DIFFICULTIES, EXERCISES
 
 BOOK = Path(__file__).parents[1]
-CHAPTERS = {
-    1: BOOK / "ch01_gpt_to_llama2" / "04_exercises_solutions.ipynb",
-    2: BOOK / "ch02_llama2_to_llama3" / "04_exercises_solutions.ipynb",
-    3: BOOK / "ch03_standalone_llama32" / "02_exercises_solutions.ipynb",
+FOLDERS = {path.name[:4]: path for path in BOOK.glob("ch[0-9]*")}
+CHAPTERS = {  # a chapter's solutions, one notebook a topic, their exercises numbered throughout
+    1: [FOLDERS["ch01"] / "04_exercises_solutions.ipynb"],
+    2: [FOLDERS["ch02"] / "04_exercises_solutions.ipynb"],
+    3: [FOLDERS["ch03"] / "02_exercises_solutions.ipynb"],
+    4: [FOLDERS["ch04"] / f"{topic}_exercises_solutions.ipynb" for topic in ("05_cache", "06_speed")],
 }
+PAGES = [path for paths in CHAPTERS.values() for path in paths]
 NAMES = list(EXERCISES)
 
 # For each exercise: (text of the solution, what stands there instead, a piece of the hint that must come).
 # Several replacements in one mutant: a list of pairs in the place of the first two.
 # Those of chapter 1 stand here, those of later chapters in files of their own.
-MUTANTS = answers_ch02.MUTANTS | answers_ch03.MUTANTS
+MUTANTS = answers_ch02.MUTANTS | answers_ch03.MUTANTS | answers_ch04.MUTANTS
 MUTANTS |= {
     "rms_norm": [
         (
@@ -461,10 +465,13 @@ def student_path(path: Path) -> Path:
     return path.with_name(path.name.replace("_solutions", ""))
 
 
-SOURCES = {name: source for path in CHAPTERS.values() for name, source in exercise_cells(path).items()}
-STUBS = {
-    name: source for path in CHAPTERS.values() for name, source in exercise_cells(student_path(path)).items()
-}
+def chapter_cells(chapter: int, student: bool = False) -> list[dict]:
+    """The cells of all exercise notebooks of a chapter."""
+    return [cell for path in CHAPTERS[chapter] for cell in cells_of(student_path(path) if student else path)]
+
+
+SOURCES = {name: source for path in PAGES for name, source in exercise_cells(path).items()}
+STUBS = {name: source for path in PAGES for name, source in exercise_cells(student_path(path)).items()}
 
 
 def function(name: str, source: str):
@@ -516,7 +523,7 @@ def test_solutions_notebook_runs_and_earns_every_point(chapter):
     printed = io.StringIO()
     namespace: dict = {}
     with contextlib.redirect_stdout(printed):
-        for cell in cells_of(CHAPTERS[chapter]):
+        for cell in chapter_cells(chapter):
             if cell["cell_type"] == "code":
                 exec(compile(cell["source"], "<cell>", "exec"), namespace)
     passed = [line for line in printed.getvalue().splitlines() if line.startswith("✓")]
@@ -550,14 +557,14 @@ def test_student_notebook_runs_but_for_its_checks(chapter):
     namespace: dict = {}
     failures = []
     with contextlib.redirect_stdout(io.StringIO()):
-        for cell in cells_of(student_path(CHAPTERS[chapter])):
+        for cell in chapter_cells(chapter, student=True):
             if cell["cell_type"] == "code":
                 try:
                     exec(compile(cell["source"], "<cell>", "exec"), namespace)
                 except checks.CheckFailed as failed:
                     failures.append(str(failed).split(":")[0])
     assert failures == [f"check_{entry.name}" for entry in checks.exercises(chapter)]
-    assert "BEGIN SOLUTION" not in student_path(CHAPTERS[chapter]).read_text(encoding="utf-8")
+    assert not any("BEGIN SOLUTION" in cell["source"] for cell in chapter_cells(chapter, student=True))
     checks.reset()
 
 
@@ -647,6 +654,7 @@ def test_answers_of_any_wrong_kind_are_rejected(name):
 LAZY = {"stream_text", "until_stop"}
 UNCHANGEABLE = {  # the arguments are numbers, or a model
     "hidden_width", "rope_frequencies", "causal_mask", "unfinished_pairs", "scaled_frequency", "held_bytes",
+    "positions_computed", "slots_hold", "most_tokens_per_s", "rows_until_compute",
 }  # fmt: skip
 
 
@@ -679,7 +687,7 @@ def test_answers_that_change_their_arguments_are_rejected(name):
 
 
 def test_a_broken_loader_is_repaired_one_symptom_at_a_time():
-    source = next(c["source"] for c in cells_of(CHAPTERS[2]) if c["source"].startswith("def broken_loader"))
+    source = next(c["source"] for c in chapter_cells(2) if c["source"].startswith("def broken_loader"))
     repairs = [('.wk"), n_heads)', '.wk"), n_kv_groups)'), ('half_split(join(f"{att}.wv"), n_kv_groups)', 'join(f"{att}.wv")'),
                (".w3", ".w9"), (".w1", ".w3"), (".w9", ".w1"),
                (".ffn_norm", ".x_norm"), (".attention_norm", ".ffn_norm"), (".x_norm", ".attention_norm")]  # fmt: skip
@@ -695,7 +703,7 @@ def test_a_broken_loader_is_repaired_one_symptom_at_a_time():
 
 
 def test_a_broken_block_is_repaired_one_symptom_at_a_time():
-    source = next(c["source"] for c in cells_of(CHAPTERS[1]) if c["source"].startswith("def broken_block"))
+    source = next(c["source"] for c in chapter_cells(1) if c["source"].startswith("def broken_block"))
     repairs = [("/ D  #", "/ D**0.5  #"), ("tril(diagonal=1)", "tril()"), ("x = h + (", "x = x + ("),
                ("gate * F.silu(up)", "F.silu(gate) * up")]  # fmt: skip
     assert all(source.count(old) == 1 for old, _ in repairs)
@@ -799,6 +807,7 @@ OTHERS = {
     "entropy_gap": lambda a, b: ((a + b).mean(), (a + b).std() / 50**0.5, (a + b).mean() / -b.mean()),
     **answers_ch02.OTHERS,
     **answers_ch03.OTHERS,
+    **answers_ch04.OTHERS,
 }
 
 
@@ -914,7 +923,7 @@ def test_score_report_and_grade():
 
 def test_registry_is_complete():
     assert set(MUTANTS) == set(SOURCES) == set(STUBS) == set(EXERCISES)
-    least = {1: 12, 2: 8, 3: 3}
+    least = {1: 12, 2: 8, 3: 3, 4: 11}
     worth = {"warm-up": 5, "core": 10, "stretch": 20}
     assert checks.score(1)[1] == 200
     for chapter in CHAPTERS:
@@ -927,7 +936,7 @@ def test_registry_is_complete():
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_every_exercise_has_statement_hints_stub_check_and_explanation(chapter):
-    solutions, student = cells_of(CHAPTERS[chapter]), cells_of(student_path(CHAPTERS[chapter]))
+    solutions, student = chapter_cells(chapter), chapter_cells(chapter, student=True)
     for number, entry in enumerate(checks.exercises(chapter), start=1):
         tag = f"exercise:{entry.name}"
         at = next(i for i, cell in enumerate(student) if tag in cell["tags"])
@@ -951,7 +960,7 @@ def test_every_exercise_has_statement_hints_stub_check_and_explanation(chapter):
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_student_notebook_offers_no_answer(chapter):
-    for cell in cells_of(student_path(CHAPTERS[chapter])):
+    for cell in chapter_cells(chapter, student=True):
         if cell["cell_type"] == "code":
             imports = re.findall(r"llamabook[\w.]*(?: import .*)?", cell["source"])
             assert all(line == "llamabook import checks" for line in imports), imports

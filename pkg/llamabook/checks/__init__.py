@@ -2,7 +2,8 @@
 
 `checks.check_rms_norm(rms_norm)` passes or says in one line what is wrong. `report()` shows the score of a
 session, `grade(namespace)` runs every check quietly on a notebook's functions, and `exercises(chapter)` lists
-names, points, minutes and difficulties. `TinyTokenizer` is the toy of the exercises on conversations.
+names, points, minutes and difficulties. `TinyTokenizer` is the toy of the exercises on conversations,
+`Slots` that of the exercises on the cache.
 """
 
 from llamabook.checks.ch01_model import (
@@ -55,6 +56,25 @@ from llamabook.checks.ch03 import (
     check_load_tied,
     check_until_stop,
 )
+from llamabook.checks.ch04_cache import (
+    Slots,
+    check_append,
+    check_attend_ragged,
+    check_positions_computed,
+    check_ragged,
+    check_reuse,
+    check_slots_hold,
+    check_write_rows,
+)
+from llamabook.checks.ch04_speed import (
+    check_draw_rows,
+    check_join_chunks,
+    check_most_tokens_per_s,
+    check_row_probs,
+    check_rows_until_compute,
+    check_step_costs,
+    check_visible_scores,
+)
 from llamabook.checks.core import (
     CheckFailed,
     Exercise,
@@ -72,16 +92,20 @@ __all__ = [
     "Exercise",
     "Report",
     "Result",
+    "Slots",
     "TinyTokenizer",
     "check_add_turn",
     "check_answer_log_prob",
     "check_answer_mask",
+    "check_append",
     "check_apply_rope",
+    "check_attend_ragged",
     "check_causal_attention",
     "check_causal_mask",
     "check_chat_ids",
     "check_chat_prompt",
     "check_count_parameters",
+    "check_draw_rows",
     "check_draw_top_p",
     "check_entropy_gap",
     "check_fit_dialog",
@@ -91,20 +115,29 @@ __all__ = [
     "check_hidden_width",
     "check_inference_bytes",
     "check_interleaved_to_half_split",
+    "check_join_chunks",
     "check_load_tied",
     "check_merge_bytes",
     "check_merge_shards",
+    "check_most_tokens_per_s",
+    "check_positions_computed",
     "check_positions_that_fit",
+    "check_ragged",
     "check_repaired_block",
     "check_repaired_loader",
     "check_repeat_kv",
+    "check_reuse",
     "check_rms_norm",
     "check_rope_frequencies",
     "check_rope_score",
+    "check_row_probs",
+    "check_rows_until_compute",
     "check_scaled_frequencies",
     "check_scaled_frequency",
     "check_silu_slope",
+    "check_slots_hold",
     "check_split_wqkv",
+    "check_step_costs",
     "check_stream_text",
     "check_swiglu",
     "check_to_our_names",
@@ -112,6 +145,8 @@ __all__ = [
     "check_top_p_probs",
     "check_unfinished_pairs",
     "check_until_stop",
+    "check_visible_scores",
+    "check_write_rows",
     "exercises",
     "grade",
     "report",
