@@ -119,7 +119,7 @@ def draw(rows: list[dict]):
             axes.plot([limit, limit], [place - 0.4, place + 0.4], color=COLORS["floor"], ls="--", lw=1.5)
     axes.set_yticks(range(len(rows)), [row["mode"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel("tokens/s while decoding; thin line: least to most; dashed: what reading the memory alone allows")
+    axes.set_xlabel("tokens/s while decoding\nthin line: least to most; dashed: what the memory allows")
     name = rows[0]["shape"] or Path(rows[0]["checkpoint_path"]).name
     axes.set_title(f"How fast does {name} decode? ({rows[0]['dtype']}, batch {rows[0]['batch_size']})")
     return fig
