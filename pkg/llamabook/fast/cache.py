@@ -25,18 +25,18 @@ class StaticCache:
     """Keys and values of all layers for B rows of S slots, allocated once; slot s of a row is its position s.
 
     It has no position of its own: each call of the model says where its tokens stand.
-    Args: cfg; batch_size B; max_tokens S; dtype, None for cfg["dtype"].
+    Args: cfg; batch_size B; max_tokens S, or ContextError if the context is shorter; dtype, None for cfg's.
     keys, values: lists of L tensors (B, G, S, d).
-    Raises ContextError if a row shall hold more tokens than the context length.
     """
 
     def __init__(
         self, cfg: dict, batch_size: int, max_tokens: int,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ):  # fmt: skip
-        if not 1 <= max_tokens <= (limit := cfg["context_length"]):
+        limit = cfg["context_length"]
+        if not 1 <= max_tokens <= limit:
             raise ContextError(f"a cache of {max_tokens} tokens: give 1 to {limit}, the context length")
-        shape = (batch_size, cfg["n_kv_groups"], max_tokens, head_dim_of(cfg))  # (B, G, S, d)
+        shape = (batch_size, cfg["n_kv_groups"], max_tokens, head_dim_of(cfg))
         kind = {"device": device, "dtype": dtype or cfg["dtype"]}
         self.keys = [torch.zeros(shape, **kind) for _ in range(cfg["n_layers"])]  # zeros: 0 * NaN is NaN
         self.values = [torch.zeros(shape, **kind) for _ in range(cfg["n_layers"])]
