@@ -527,7 +527,7 @@ def test_sizes_that_happen_to_be_equal(engine, graphs):
     """16 is the head dimension: a cache of 16 slots, or a batch of six rows, must not tie the graph to it."""
     for rows, n in ((1, 15), (1, 16), (1, 23), (6, 12), (2, 12), (16, 12), (3, 80), (80, 3)):
         fast.generate(engine, [[1, 2]] * rows, n, compile=True)
-    assert len(graphs.sizes) <= 2
+    assert len(graphs.sizes) <= 3  # one row, some, and more than our kernels take
 
 
 def test_prefill_is_compiled_on_request_and_for_every_length(engine, graphs):
@@ -659,8 +659,8 @@ def battery(module):
 MUTANTS = {
     "positions do not advance": ("input_pos = input_pos + 1", "pass"),
     "positions advance by two": ("input_pos = input_pos + 1", "input_pos = input_pos + 2"),
-    "the first token in the wrong slot": ("lengths[:, None], set", "lengths[:, None] - 1, set"),
-    "all rows as long as the longest": ("lengths[:, None], set", "lengths.amax().expand(len(prompts), 1), set"),
+    "the first token in the wrong slot": ("lengths[:, None].clone(), set", "lengths[:, None] - 1, set"),
+    "all rows as long as the longest": ("lengths[:, None].clone(), set", "lengths.amax().expand(len(prompts), 1), set"),
     "logits of the padded end": ("(lengths - 1 - start).clamp(0, end - start - 1)", "torch.full_like(lengths, end - start - 1)"),
     "logits one too early": ("(lengths - 1 - start).clamp", "(lengths - 2 - start).clamp"),
     "later chunks win": ("torch.where(goes_on, new, logits)", "new"),

@@ -3,6 +3,7 @@
 Written by tools/export.py: edit the notebook, not this file, then run `make export`.
 """
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,24 +13,37 @@ from torch import Tensor, nn
 
 from llamabook.errors import InputError
 from llamabook.fast.cache import StaticCache
+from llamabook.fast.kernels.build import cache_folder
 from llamabook.fast.sampling import Sampler
 
 
-def compile_model(model: nn.Module, whole: bool | None = None) -> None:
-    """Let `forward` run the model compiled. The first call with each kind of shape compiles, and takes seconds.
+def keep_compiled() -> None:
+    """Let torch.compile keep its work in the user's cache folder, or where TORCHINDUCTOR_CACHE_DIR says."""
+    folder = cache_folder().with_name("torch_compile")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # then among temporary files
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
-    The graph of one block serves all layers and any number of tokens. Args: whole, whether steps of one token a
-    row get a graph of all layers instead; None: on a GPU, where it is recorded once and replayed.
+
+def compile_model(model: nn.Module, whole: bool | None = None) -> None:
+    """Let `forward` run the model compiled. The first call with each kind of shape compiles: some seconds.
+
+    The graph of one block serves all layers and any number of tokens. Args: whole, whether steps of one
+    token a row get a graph of all layers instead; None: on a GPU, where it is recorded once and replayed.
     """
     on_gpu = next(model.parameters()).device.type == "cuda"
     way = "whole" if whole or (whole is None and on_gpu) else "blocks"
     if getattr(model, "compiled_as", None) in (way, "refused"):
         return
+    keep_compiled()
+    model._compiled_call_impl = None  # it may have been compiled whole before
     for block in model.blocks:
         block.compile(fullgraph=True, dynamic=True)
     if way == "whole":
-        recorded = {"mode": "reduce-overhead", "dynamic": False}
-        model.compile(fullgraph=True, **(recorded if on_gpu else {"dynamic": True}))
+        settings = {"mode": "reduce-overhead", "dynamic": False} if on_gpu else {"dynamic": True}
+        model.compile(fullgraph=True, **settings)
     model.compiled_as = way
 
 
@@ -46,8 +60,12 @@ def compiler(on: bool) -> Iterator[None]:
     from torch._dynamo import config
     from torch.fx.experimental import _config as shapes
 
-    with config.patch(recompile_limit=64), shapes.patch(use_duck_shape=False):
+    before = config.recompile_limit, shapes.use_duck_shape
+    config.recompile_limit, shapes.use_duck_shape = 64, False
+    try:
         yield
+    finally:
+        config.recompile_limit, shapes.use_duck_shape = before
 
 
 def refuse(model: nn.Module, error: Exception) -> None:
@@ -63,7 +81,7 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """The model's logits, without gradients; `compiled`, after `compile_model`, where that works."""
     way = getattr(model, "compiled_as", "refused") if compiled else "refused"
-    call = model if way == "whole" and idx.shape[1] == 1 else model.forward  # all at once, or block by block
+    call = model.forward if way == "whole" and idx.shape[1] > 1 else model  # prefill goes block by block
     with torch.no_grad():
         if way == "refused":
             with compiler(False):
@@ -81,7 +99,7 @@ def forward(
 def pad_right(
     prompts: Sequence[Sequence[int]], device: torch.device | str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Rows of one length, each filled up with its last token, and their true lengths: (B, T) and (B,), long."""
+    """Rows of one length, filled up with their last token, and their true lengths: (B, T) and (B,), long."""
     longest = max(map(len, prompts))
     rows = [[*prompt, *[prompt[-1]] * (longest - len(prompt))] for prompt in prompts]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -89,12 +107,13 @@ def pad_right(
 
 
 def prefill(
-    model: nn.Module, idx: Tensor, lengths: Tensor, cache: StaticCache, chunk: int = 512, compiled: bool = False
-) -> Tensor:
-    """Read prompts (B, T), padded on the right, into the cache; the logits (B, V) after each row's last token.
+    model: nn.Module, idx: Tensor, lengths: Tensor, cache: StaticCache, chunk: int = 512,
+    compiled: bool = False,
+) -> Tensor:  # fmt: skip
+    """Read prompts (B, T), padded on the right, into the cache; the logits (B, V) after each row's end.
 
     At most `chunk` tokens go through the model at once, all rows counted, so its memory does not grow with T.
-    What a pad leaves in the cache stands behind its row's end, where the row's own tokens come to stand later.
+    What a pad leaves in the cache stands behind its row's end, where the row's own tokens will stand.
     """
     B, T = idx.shape
     width, logits = max(chunk // B, 1), None
@@ -143,8 +162,8 @@ class Stops:
 def borrowed_cache(model: nn.Module, rows: int, tokens: int) -> Iterator[StaticCache]:
     """A cache for `rows` rows of `tokens` tokens, or a few more, while the block lasts.
 
-    A recorded graph is bound to addresses. So on a GPU sizes are powers of two, and a cache waits for the next
-    call that wants one of its size; no two calls ever have the same at the same time.
+    A recorded graph is bound to addresses. So on a GPU sizes are powers of two, and a cache waits for the
+    next call that wants one of its size; no two calls ever have the same at the same time.
     """
     device = next(model.parameters()).device
     recorded = device.type == "cuda" and getattr(model, "compiled_as", None) == "whole"
@@ -167,16 +186,13 @@ def stream_rows(
     model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampler: Sampler, stops: Stops,
     chunk: int = 512, compiled: bool = False, compiled_prefill: bool = False,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
-    """Yield (row, token) as each is drawn, until every row has `max_new_tokens` or has been stopped.
-
-    A row that has ended goes on in its own slots, for the shape's sake, and nobody looks.
-    """
+    """Yield (row, token) as each is drawn, until every row has `max_new_tokens` or has been stopped."""
     if not prompts or not max_new_tokens:
         return
     idx, lengths = pad_right(prompts, next(model.parameters()).device)
     with borrowed_cache(model, len(prompts), idx.shape[1] + max_new_tokens - 1) as cache:
         logits = prefill(model, idx, lengths, cache, chunk, compiled_prefill)
-        input_pos, going = lengths[:, None], set(range(len(prompts)))  # (B, 1), where the next token stands
+        input_pos, going = lengths[:, None].clone(), set(range(len(prompts)))  # (B, 1), of the next tokens
         for left in reversed(range(max_new_tokens)):
             tokens = sampler(logits)  # (B, 1)
             for row, token in enumerate(tokens.flatten().tolist()):

@@ -11,7 +11,7 @@ from llamabook.sampling import next_token_probs
 
 
 def keep_min_p(probs: Tensor, min_p: float) -> Tensor:
-    """Set all probabilities below `min_p` times the largest to 0; the rest sum to 1 again (Nguyen et al., 2024).
+    """Set probabilities below `min_p` times the largest to 0; the rest sum to 1 again (Nguyen et al., 2024).
 
     Shape: (..., V) to (..., V), same dtype; the largest stays. Raises InputError if min_p is outside [0, 1].
     """
@@ -22,7 +22,7 @@ def keep_min_p(probs: Tensor, min_p: float) -> Tensor:
 
 
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """The id at which each row's running sum passes its uniform number: inverse transform sampling, in float64.
+    """The id at which each row's running sum, in float64, passes its number: inverse transform sampling.
 
     Shape: probs (B, V), any float dtype, and uniforms (B, 1), float64, from 0 to below 1; to (B, 1), long.
     A token of probability 0 is never drawn.
