@@ -594,6 +594,7 @@ def altered(function, old, new):
     """`function` with a piece of its source replaced, in its own module."""
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, (function, old)
+    source = source.replace("super()", f"super({function.__qualname__.split('.')[0]}, self)")
     scope = inspect.getmodule(function).__dict__
     made = {}
     exec(compile("from __future__ import annotations\n" + source.replace(old, new), "mutant", "exec"), scope, made)
@@ -696,11 +697,10 @@ MUTANTS = {
     "the mask of a text from its beginning": (
         MASK, lambda start, T, device=None: torch.ones(T, start + T, dtype=torch.bool).tril(), "pieces singles"),
     "no mask at all": (MASK, lambda start, T, device=None: None, "pieces truncate turns"),
-    "causal for a single query": (*source(CachedAttention, "attend", " and Q.shape[2] > 1", ""), "pieces singles"),
-    "never causal": (*source(CachedAttention, "attend", "causal = cache.mask is None and Q.shape[2] > 1",
-                             "causal = False"), "pieces"),
-    "attends to the new keys only": (*source(CachedAttention, "attend", "K, V = cache.add(K, V)",
-                                             "cache.add(K, V)"), "singles"),
+    "causal for a single query": (*source(CachedAttention, "attend", "Q.shape[2] == 1", "False"), "pieces singles"),
+    "never causal": (*source(CachedAttention, "attend", " and Q.shape[2] == 1", ""), "pieces"),
+    "attends to the new keys only": (*source(CachedAttention, "attend", "K, V = mask.add(K, V)", "mask.add(K, V)"),
+                                     "singles"),
     "positions from 0 each time": (*read_on("arange(cache.length, end,", "arange(0, end - cache.length,"),
                                    "pieces singles truncate turns"),
     "the same position for all new tokens": (*read_on("arange(cache.length, end,",

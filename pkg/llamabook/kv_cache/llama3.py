@@ -21,13 +21,12 @@ class CachedAttention(GroupedQueryAttentionFast):
 
     def attend(self, Q: Tensor, K: Tensor, V: Tensor, mask: LayerCache | Tensor | None) -> Tensor:
         """softmax(Q K^T / sqrt(d)) V for Q (B, H, T, d), new K and V (B, G, T, d), to (B, H, T, d)."""
-        if not isinstance(mask, LayerCache):
-            return super().attend(Q, K, V, mask)
-        cache = mask
-        K, V = cache.add(K, V)  # two of (B, G, S, d)
-        causal = cache.mask is None and Q.shape[2] > 1  # the first tokens of all: as many keys as queries
-        how = {"attn_mask": cache.mask, "is_causal": causal, "enable_gqa": True}
-        return F.scaled_dot_product_attention(Q, K, V, **how)
+        if isinstance(mask, LayerCache):
+            K, V = mask.add(K, V)  # two of (B, G, S, d)
+            mask = mask.mask
+            if mask is None and Q.shape[2] == 1:  # a single query sees all keys
+                return F.scaled_dot_product_attention(Q, K, V, enable_gqa=True)
+        return super().attend(Q, K, V, mask)  # by the mask; without one causal, for as many keys as queries
 
 
 def check_cache(cache: KVCache, cfg: dict, idx: Tensor, dtype: torch.dtype) -> None:
@@ -35,10 +34,11 @@ def check_cache(cache: KVCache, cfg: dict, idx: Tensor, dtype: torch.dtype) -> N
     L, B, G, _, d = cache.keys.shape
     if (L, G, d) != (cfg["n_layers"], cfg["n_kv_groups"], head_dim_of(cfg)):
         raise InputError(
-            f"a cache of {L} layers, {G} groups, head dimension {d} is another model's: use its new_cache"
+            f"a cache of {L} layers, {G} groups, head dimension {d} is another model's:"
+            " make it with the new_cache of this one"
         )
     if B != idx.shape[0]:
-        raise InputError(f"the cache is for {B} texts, the input has {idx.shape[0]}: one cache for each batch")
+        raise InputError(f"the cache is for {B} texts, the input has {idx.shape[0]}: make one for it")
     if (cache.keys.dtype, cache.keys.device) != (dtype, idx.device):
         have, need = f"{cache.keys.dtype} on {cache.keys.device}", f"{dtype} on {idx.device}"
         raise InputError(f"the cache is {have}, the model and its input {need}: use the model's new_cache")
