@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from llamabook.fast.kernels.build import NoKernels, build
+from llamabook.fast.kernels import build
 
-__all__ = ["MAX_QUERIES", "MAX_ROWS", "NoKernels", "decode_attention", "linear", "read_all", "ready"]
+__all__ = ["MAX_QUERIES", "MAX_ROWS", "decode_attention", "linear", "read_all", "ready"]
 
 MAX_ROWS = 8  # with more, F.linear's blocks reuse what they read, and win
 MAX_QUERIES = 8  # new positions per row of the batch; prefill has more, and other kernels
@@ -45,8 +45,8 @@ def _load() -> bool:
     if os.environ.get("LLAMABOOK_KERNELS") == "0":
         return False
     try:
-        torch.ops.load_library(build())
-    except (NoKernels, OSError) as error:
+        torch.ops.load_library(build.build(build.SOURCE))
+    except (build.NoKernels, OSError) as error:
         reason = " ".join(str(error).split())
         print(f"llamabook: no CPU kernels, so torch's own operators decode, slower: {reason}", file=sys.stderr)
         return False

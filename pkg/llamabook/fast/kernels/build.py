@@ -28,7 +28,7 @@ class NoKernels(LlamaBookError):
     """The kernels can't be built or loaded here; the message is one line that says why."""
 
 
-def build(source: Path = SOURCE) -> Path:
+def build(source: Path) -> Path:
     """The path of the library built from `source`, now or earlier. Raises NoKernels where that can't be done."""
     library = cache_folder() / name_of(source)
     try:
