@@ -231,5 +231,5 @@ RECIPES = {
         source=questions.Mix(0.5, "chat"), measure=_right, steps=2500, muon_lr=0.015, adam_lr=3e-3, decay=0.8,
     ),
     # Guesses for both of them, so it reads all that they read.
-    "pocket-draft": _llama3(partial(Llama3Model, DRAFT_CONFIG), source=questions.Mix(0.125, "document"), steps=4000),
+    "pocket-draft": _llama3(partial(Llama3Model, DRAFT_CONFIG), source=questions.Mix(0.125, "document"), steps=2500),
 }  # fmt: skip
