@@ -330,6 +330,13 @@ def test_saving_over_what_is_mapped_and_other_shards(tmp_path, untied):
         assert all(torch.equal(weight, before[name]) for name, weight in found.state_dict().items())
 
 
+def test_who_may_read_one_file_may_read_all(tmp_path, untied):
+    """safetensors leaves its files to their owner alone, unlike everything else that writes."""
+    model = load_model(write_huggingface(tmp_path, UNTIED, tensors_of(untied)))
+    save_huggingface(model, tmp_path / "new", shard_bytes=40_000)
+    assert len({file.stat().st_mode for file in (tmp_path / "new").iterdir()}) == 1
+
+
 def test_an_interrupted_save_leaves_the_old_files(tmp_path, untied, monkeypatch):
     folder = write_huggingface(tmp_path, UNTIED, tensors_of(untied))
     model, old = load_model(folder), {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -492,10 +492,10 @@ def test_run_tells_a_story_and_says_what_comes_next(capsys):
     out, err = capsys.readouterr()
     assert err == ""
     head, story, numbers = out.split("\n\n")
-    assert "pocket-llama2" in head and "million parameters" in head
+    assert "pocket-llama3.2" in head and "million parameters" in head
     assert story.startswith("One sunny morning,") and story.count(".") >= 4
     assert max(map(len, out.splitlines())) <= 100
-    assert re.match(r"pocket-llama2: \d+ tokens in \d+\.\d\d s, \d+\.\d tokens/s\nNext: ", numbers)
+    assert re.match(r"pocket-llama3.2: \d+ tokens in \d+\.\d\d s, \d+\.\d tokens/s\nNext: ", numbers)
     assert main(["run"]) == 0
     assert capsys.readouterr().out.split("\n\n")[1] == story, "the shown sample does not change from run to run"
 

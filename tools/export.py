@@ -19,12 +19,13 @@ import builtins
 import difflib
 import json
 import keyword
-import os
 import re
 import symtable
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from atomic import write
 
 PACKAGE = "llamabook"
 WIDTH = 110
@@ -477,17 +478,6 @@ def strays(root: Path, exported: set[str]) -> list[str]:
     return problems
 
 
-def write(path: Path, text: str) -> None:
-    """Write in one step: a reader of the file sees the old text or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write pkg/llamabook from the exported cells of the notebooks.")
     parser.add_argument("--check", action="store_true", help="write nothing, fail unless the package is up to date")
@@ -504,6 +494,7 @@ def main(argv: list[str] | None = None) -> int:
             state = "stale: it differs from its notebook" if path.exists() else "missing"
             problems.append(f"{shown}: {state}; run python tools/export.py")
         else:
+            path.parent.mkdir(parents=True, exist_ok=True)
             write(path, text)
             print(f"wrote {shown}")
     for line in problems:

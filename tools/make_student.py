@@ -19,10 +19,11 @@ Each problem is one line, and nothing is written for a notebook that has one. Ne
 import argparse
 import ast
 import json
-import os
 import re
 import sys
 from pathlib import Path
+
+from atomic import write
 
 BEGIN, END = "# BEGIN SOLUTION", "# END SOLUTION"
 RESEMBLES = re.compile(r"#.*\b(BEGIN|END)[\W_]*SOLUTIONS?\b", re.IGNORECASE)
@@ -136,16 +137,6 @@ def check_leaks(cells: list[dict], hidden: list[tuple[int, str]]) -> None:
 def dump(notebook: dict) -> str:
     """As nbformat writes it."""
     return json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True, separators=(",", ": ")) + "\n"
-
-
-def write(path: Path, text: str) -> None:
-    """Write in one step, so that an interrupted run leaves the old notebook."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,6 +35,8 @@ from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
+from atomic import write
+
 SKIP, IGNORE, RAISES = "nbval-skip", "nbval-ignore-output", "raises-exception"
 KERNELSPEC = {"display_name": "Python 3", "language": "python", "name": "python3"}
 LANGUAGE = {"file_extension": ".py", "mimetype": "text/x-python", "name": "python", "pygments_lexer": "ipython3"}
@@ -244,16 +246,6 @@ def first_difference(old, new) -> str:
         if before != after:
             return f" in {where(new, index)}"
     return " in its metadata"
-
-
-def write(path: Path, text: str) -> None:
-    """Write in one step, so that an interrupted run leaves the old notebook."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:

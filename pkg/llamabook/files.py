@@ -38,7 +38,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
+            mode = os.fstat(file.fileno()).st_mode
             yield file
+        temporary.chmod(mode)  # a library that writes by name may leave a file that only its owner can read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

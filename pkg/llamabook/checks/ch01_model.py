@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from llamabook.checks.core import Student, close, exercise, numbers, off_by, present, require, tensor, whole
+from llamabook.checks.core import Student, close, exercise, numbers, off_by, require, several, tensor, whole
 
 # --- 1. Norm and feed-forward ---
 
@@ -242,17 +242,17 @@ def check_rope_frequencies(your: Student) -> None:
     )
 
 
-def _turn(
+def turned(
     x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor, interleaved: bool = False
 ) -> torch.Tensor:
     """Another road: pairs as complex numbers in float64, multiplied by exp(i * position * frequency)."""
     x = x.double()
     first, second = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     angles = torch.outer(positions.double(), frequencies.double())
-    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
+    product = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
     if interleaved:
-        return torch.view_as_real(turned).flatten(-2)
-    return torch.cat([turned.real, turned.imag], dim=-1)
+        return torch.view_as_real(product).flatten(-2)
+    return torch.cat([product.real, product.imag], dim=-1)
 
 
 @exercise("apply_rope", chapter=1, title="Turn the queries", minutes=15, difficulty="core", points=10)
@@ -272,7 +272,7 @@ def check_apply_rope(your: Student) -> None:
         "the lengths change; a rotation keeps them. Look at the signs: one of the two sines has a minus.",
     )
     neighbours = got.unflatten(-1, (4, 2)).norm(dim=-1)
-    if close(neighbours, x.unflatten(-1, (4, 2)).norm(dim=-1)) or close(got, _turn(x, at, frequencies, True)):
+    if close(neighbours, x.unflatten(-1, (4, 2)).norm(dim=-1)) or close(got, turned(x, at, frequencies, True)):
         require(
             False,
             "you pair neighbours (0, 1), (2, 3): that is Meta's layout. "
@@ -284,20 +284,20 @@ def check_apply_rope(your: Student) -> None:
         "a pair (i, i + d/2) has changed its length: each pair must turn by itself, with its own angle.",
     )
     require(
-        not close(got, _turn(x, -at, frequencies)), "you turn the other way: (1, 0) must become (cos, +sin)."
+        not close(got, turned(x, -at, frequencies)), "you turn the other way: (1, 0) must become (cos, +sin)."
     )
     later = torch.tensor([7, 3, 0, 11, 100])
-    given, want = tensor(your(x, later, frequencies), x.shape), _turn(x, later, frequencies)
+    given, want = tensor(your(x, later, frequencies), x.shape), turned(x, later, frequencies)
     require(
-        not close(given, _turn(x, at, frequencies)),
+        not close(given, turned(x, at, frequencies)),
         "you count positions yourself from 0; use those that are given.",
     )
     require(
         close(given, want), f"wrong angles ({off_by(given, want)}): the angle is position times frequency."
     )
-    require(close(got, _turn(x, at, frequencies)), "wrong angles: the angle is position times frequency.")
+    require(close(got, turned(x, at, frequencies)), "wrong angles: the angle is position times frequency.")
     far, half = torch.arange(1000, 1005), x.bfloat16()
-    want = _turn(half, far, frequencies)
+    want = turned(half, far, frequencies)
     given = tensor(your(half, far, frequencies), x.shape, torch.bfloat16, kind="Give back x's dtype.")
     require(
         close(given, want, 0.01),
@@ -350,8 +350,8 @@ def check_interleaved_to_half_split(your: Student) -> None:
     q, k = numbers(heads * d, width, seed=1), numbers(heads * d, width, seed=2)
     ours = [(x @ tensor(your(w, heads), w.shape).T).unflatten(-1, (heads, d)).transpose(0, 1) for w in (q, k)]
     metas = [(x @ w.T).unflatten(-1, (heads, d)).transpose(0, 1) for w in (q, k)]
-    q, k = (_turn(w, at, frequencies) for w in ours)
-    want_q, want_k = (_turn(w, at, frequencies, interleaved=True) for w in metas)
+    q, k = (turned(w, at, frequencies) for w in ours)
+    want_q, want_k = (turned(w, at, frequencies, interleaved=True) for w in metas)
     require(close(q @ k.mT, want_q @ want_k.mT), "attention scores differ from those of Meta's layout.")
 
 
@@ -387,8 +387,8 @@ def check_rope_score(your: Student) -> None:
     m = torch.arange(12) + 5
 
     def scores(turn: torch.Tensor, keys_at: torch.Tensor, interleaved: bool = False) -> torch.Tensor:
-        a = _turn(q.expand(12, 8), turn, frequencies, interleaved)
-        return (a * _turn(k.expand(12, 8), keys_at, frequencies, interleaved)).sum(dim=-1)
+        a = turned(q.expand(12, 8), turn, frequencies, interleaved)
+        return (a * turned(k.expand(12, 8), keys_at, frequencies, interleaved)).sum(dim=-1)
 
     require(
         not close(got, scores(m, m + distances)),
@@ -705,12 +705,7 @@ def check_inference_bytes(your: Student) -> None:
             "positions": 128,
             "bytes_per_number": 2,
         } | changes
-        got = your(*ask.values())
-        present(got)
-        require(
-            isinstance(got, (tuple, list)) and len(got) == 2,
-            "return two numbers: the weights' bytes, and the cache's.",
-        )
+        got = several(your(*ask.values()), 2, "return two numbers: the weights' bytes, and the cache's.")
         return whole(got[0], "the first"), whole(got[1], "the second")
 
     weights, cache = measure()

@@ -9,7 +9,7 @@ import statistics
 
 import torch
 
-from llamabook.checks.core import Student, Wrong, close, exercise, numbers, off_by, present, require, tensor
+from llamabook.checks.core import Student, Wrong, close, exercise, numbers, off_by, present, require, several, tensor
 
 # --- 5. From logits to text ---
 
@@ -475,12 +475,7 @@ def check_merge_shards(your: Student) -> None:
 )
 def check_entropy_gap(your: Student) -> None:
     def measure(losses: torch.Tensor, log_probs: torch.Tensor) -> tuple[float, float, float]:
-        got = your(losses, log_probs)
-        present(got)
-        require(
-            isinstance(got, (tuple, list)) and len(got) == 3,
-            "return three numbers: gap, standard error, share.",
-        )
+        got = several(your(losses, log_probs), 3, "return three numbers: gap, standard error, share.")
         for value in got:
             single = (
                 value.numel() == 1 if isinstance(value, torch.Tensor) else isinstance(value, (int, float))

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llamabook.checks.core import Student, Wrong, close, exercise, numbers, off_by, present, require, tensor, whole
+from llamabook.checks.core import (
+    Student, Wrong, close, exercise, numbers, off_by, present, require, several, tensor, whole,
+)  # fmt: skip
 
 # --- 1. Grouped queries ---
 
@@ -425,12 +427,7 @@ def check_held_bytes(your: Student) -> None:
     nn = torch.nn
 
     def measure(model: nn.Module) -> tuple[int, int]:
-        got = your(model)
-        present(got)
-        require(
-            isinstance(got, (tuple, list)) and len(got) == 2,
-            "return two numbers: bytes by name, and bytes that are held.",
-        )
+        got = several(your(model), 2, "return two numbers: bytes by name, and bytes that are held.")
         return whole(got[0], "the first"), whole(got[1], "the second")
 
     def pair(tied: bool) -> nn.Module:

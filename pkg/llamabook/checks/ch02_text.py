@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llamabook.checks.core import Student, close, exercise, numbers, present, require, tensor
+from llamabook.checks.ch01_model import turned
+from llamabook.checks.core import Student, close, exercise, numbers, present, require, several, tensor
 
 # --- what several exercises share ---
 
@@ -371,12 +372,7 @@ def check_to_our_names(your: Student) -> None:
 @exercise("split_wqkv", chapter=2, title="One matrix that was three", minutes=15, difficulty="core", points=10)
 def check_split_wqkv(your: Student) -> None:
     def split(weight: torch.Tensor, heads: int, groups: int) -> list[torch.Tensor]:
-        got = your(weight, heads, groups)
-        present(got)
-        require(
-            isinstance(got, (tuple, list)) and len(got) == 3,
-            "return three tensors: W_query, W_key, W_value.",
-        )
+        got = several(your(weight, heads, groups), 3, "return three tensors: W_query, W_key, W_value.")
         d, D = weight.shape[0] // (heads + 2 * groups), weight.shape[1]
         hints = {
             (weight.shape[0] // 3, D): "The three parts are equal only without groups: G heads are fewer than H."
@@ -457,48 +453,23 @@ def _meta_files(count: int) -> list[dict[str, torch.Tensor]]:
     return files
 
 
-def _meta_block(w: dict[str, torch.Tensor], x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One of Meta's blocks: neighbouring rows are pairs, turned as complex numbers, in float64."""
+def _block(
+    w: dict[str, torch.Tensor], x: torch.Tensor, positions: torch.Tensor, interleaved: bool = False
+) -> torch.Tensor:
+    """A block with Meta's names for its weights, in float64; RoPE turns our pairs, or Meta's interleaved ones."""
 
-    def heads(name: str, turned: bool) -> torch.Tensor:
-        y = (h @ w[name].double().T).unflatten(-1, (-1, WIDTH)).transpose(0, 1)  # (heads, T, d)
-        if turned:
-            angles = positions[:, None] * 100.0 ** -(torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
-            y = torch.view_as_real(
-                torch.view_as_complex(y.unflatten(-1, (-1, 2))) * torch.polar(angles * 0 + 1, angles)
-            )
-            y = y.flatten(-2)
-        return y
+    def heads(name: str) -> torch.Tensor:
+        return (h @ w[name].T).unflatten(-1, (-1, WIDTH)).transpose(0, 1)  # (heads, T, d)
 
-    x, T = x.double(), len(x)
-    h = F.rms_norm(x, (D,), w["attention_norm"].double(), eps=1e-5)
-    q, k, v = heads("wq", True), heads("wk", True), heads("wv", False)
+    w, x, T = {name: value.double() for name, value in w.items()}, x.double(), len(x)
+    frequencies = 100.0 ** -(torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
+    h = F.rms_norm(x, (D,), w["attention_norm"], eps=1e-5)
+    q, k = (turned(heads(name), positions, frequencies, interleaved) for name in ("wq", "wk"))
     serve = torch.arange(HEADS) * GROUPS // HEADS
-    out = F.scaled_dot_product_attention(q, k[serve], v[serve], is_causal=T > 1)
-    x = x + out.transpose(0, 1).flatten(1) @ w["wo"].double().T
-    h = F.rms_norm(x, (D,), w["ffn_norm"].double(), eps=1e-5)
-    return x + (F.silu(h @ w["w1"].double().T) * (h @ w["w3"].double().T)) @ w["w2"].double().T
-
-
-def _our_block(w: dict[str, torch.Tensor], x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """One of our blocks: row i and row i + d/2 are a pair."""
-
-    def heads(name: str, turned: bool) -> torch.Tensor:
-        y = (h @ w[name].double().T).unflatten(-1, (-1, WIDTH)).transpose(0, 1)
-        if turned:
-            angles = positions[:, None] * 100.0 ** -(torch.arange(0, WIDTH, 2, dtype=torch.float64) / WIDTH)
-            a, b = y.chunk(2, dim=-1)
-            y = torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1)
-        return y
-
-    x, T = x.double(), len(x)
-    h = F.rms_norm(x, (D,), w["norm1"].double(), eps=1e-5)
-    q, k, v = heads("att.W_query", True), heads("att.W_key", True), heads("att.W_value", False)
-    serve = torch.arange(HEADS) * GROUPS // HEADS
-    out = F.scaled_dot_product_attention(q, k[serve], v[serve], is_causal=T > 1)
-    x = x + out.transpose(0, 1).flatten(1) @ w["att.out_proj"].double().T
-    h = F.rms_norm(x, (D,), w["norm2"].double(), eps=1e-5)
-    return x + (F.silu(h @ w["ff.fc1"].double().T) * (h @ w["ff.fc2"].double().T)) @ w["ff.fc3"].double().T
+    out = F.scaled_dot_product_attention(q, k[serve], heads("wv")[serve], is_causal=T > 1)
+    x = x + out.transpose(0, 1).flatten(1) @ w["wo"].T
+    h = F.rms_norm(x, (D,), w["ffn_norm"], eps=1e-5)
+    return x + (F.silu(h @ w["w1"].T) * (h @ w["w3"].T)) @ w["w2"].T
 
 
 @exercise(
@@ -516,7 +487,7 @@ def check_repaired_loader(your: Student) -> None:
     names |= {"tok_emb.weight", "final_norm.weight", "out_head.weight"}
 
     def both(layer: int = 0, count: int = 2, **changes: float) -> tuple[dict, dict]:
-        """The block as it is in Meta's files and as the loader makes it; some weights are multiplied before."""
+        """The block of Meta's files and the loader's, both with Meta's names; some weights are multiplied before."""
         files = _meta_files(count)
         for file in files:
             for name in file:
@@ -524,16 +495,14 @@ def check_repaired_loader(your: Student) -> None:
                 file[name] = file[name] * changes.get(kind, 1.0)
         got = tensor_dict(your(files, HEADS, GROUPS))
         names_are(got, names)
-        whole = {}
-        for part in theirs:
+        whole, mine = {}, {}
+        for name, part in zip(ours, theirs):
             key = next(k for k in files[0] if k.startswith(f"layers.{layer}.") and k.endswith(f".{part}.weight"))
             pieces = [file[key] for file in files]
             dim = 1 if part in ("wo", "w2") else 0
             whole[part] = pieces[0] if "norm" in part else torch.cat(pieces, dim=dim)
-        mine = {}
-        for name, part in zip(ours, theirs):
             what = f"trf_blocks.{layer}.{name}.weight"
-            mine[name] = tensor(got[what], tuple(whole[part].shape), torch.float32, what=what)
+            mine[part] = tensor(got[what], tuple(whole[part].shape), torch.float32, what=what)
         for name, ours_ in (("tok_embeddings", "tok_emb"), ("output", "out_head")):
             want = torch.cat([file[f"{name}.weight"] for file in files])
             value = tensor(got[f"{ours_}.weight"], tuple(want.shape), torch.float32, what=f"{ours_}.weight")
@@ -551,8 +520,8 @@ def check_repaired_loader(your: Student) -> None:
     x, one, places = numbers(6, D, seed=90), torch.tensor([0.0]), torch.arange(6.0)
 
     def differ(pair: tuple[dict, dict], x: torch.Tensor, positions: torch.Tensor) -> float:
-        want = _meta_block(pair[0], x, positions)
-        return float((_our_block(pair[1], x, positions) - want).abs().max() / want.abs().max())
+        want = _block(pair[0], x, positions, interleaved=True)
+        return float((_block(pair[1], x, positions) - want).abs().max() / want.abs().max())
 
     silent = both(w2=0.0)
     silent_attention = both(wo=0.0)
@@ -561,13 +530,13 @@ def check_repaired_loader(your: Student) -> None:
         "symptom 0: both halves are silent, and something comes out that is not x. Are the ways back in place?",
     )
     louder = both(wo=0.0, attention_norm=3.0)
-    change = _our_block(louder[1], x, places) - _our_block(silent_attention[1], x, places)
+    change = _block(louder[1], x, places) - _block(silent_attention[1], x, places)
     require(
         change.abs().max() < 1e-9,
         "symptom 1: attention is silent, and its norm still has a say in the result.",
     )
     doubled = both(wo=0.0, w3=2.0)
-    added, twice = (_our_block(pair[1], x, places) - x.double() for pair in (silent_attention, doubled))
+    added, twice = (_block(pair[1], x, places) - x.double() for pair in (silent_attention, doubled))
     require(
         close(twice, 2 * added, 1e-9),
         "symptom 2: attention is silent, w3 is doubled, and what the feed-forward adds does not double.",

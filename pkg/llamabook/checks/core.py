@@ -271,6 +271,13 @@ def whole(value: Any, what: str = "the result") -> int:
     return value
 
 
+def several(value: Any, count: int, message: str) -> list | tuple:
+    """`value` if it is a tuple or a list of so many."""
+    present(value)
+    require(isinstance(value, (tuple, list)) and len(value) == count, message)
+    return value
+
+
 def present(value: Any) -> None:
     """Fail if the reader's function returned nothing."""
     require(value is not None, "your function returned None. Did you forget `return`?")

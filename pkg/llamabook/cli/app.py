@@ -332,7 +332,7 @@ def train(
 ) -> Action:
     """Train an embedded model again.
 
-    It takes about half an hour on two CPU cores, instruct and draft less. A run that was stopped goes on when the
+    It takes 30 to 40 minutes on two CPU cores; instruct and draft take less. A run that was stopped goes on when the
     command is repeated.
     """
     from llamabook.cli.train import learn

@@ -225,11 +225,11 @@ RECIPES = {
     "pocket-llama2": Recipe(partial(Llama2Model, LLAMA2_CONFIG), _llama2_tokenizer, _save_llama2),
     "pocket-gpt": Recipe(partial(GPTModel, GPT_CONFIG), _llama2_tokenizer, _save_gpt),
     "pocket-llama3.2": _llama3(partial(Llama3Model, LLAMA32_CONFIG), steps=7000),
-    # Half of its texts are chats of the world, half questions. Gentler and shorter: it knows the world already.
+    # Half of its texts are chats of the world, half questions. Shorter: it knows the world already.
     "pocket-llama3.2-instruct": _llama3(
         partial(Llama3Model, LLAMA32_CONFIG), save=partial(_save_llama3, chats=True), base="pocket-llama3.2",
-        source=questions.Mix(0.5, "chat"), measure=_right, steps=1000, muon_lr=0.005, adam_lr=1e-3, decay=0.8,
+        source=questions.Mix(0.5, "chat"), measure=_right, steps=2500, muon_lr=0.015, adam_lr=3e-3, decay=0.8,
     ),
     # Guesses for both of them, so it reads all that they read.
-    "pocket-draft": _llama3(partial(Llama3Model, DRAFT_CONFIG), source=questions.Mix(0.125, "document"), steps=7000),
+    "pocket-draft": _llama3(partial(Llama3Model, DRAFT_CONFIG), source=questions.Mix(0.125, "document"), steps=2500),
 }  # fmt: skip
