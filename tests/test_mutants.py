@@ -34,7 +34,7 @@ MUTANTS = {  # module: (what is there, what is put there, test files of which on
         # attention
         ("/ self.head_dim**0.5", "/ self.head_dim", "llama2"),
         (".tril()", ".tril(1)", "llama2"),
-        ("torch.softmax(scores, dim=-1, dtype=torch.float32)", "torch.softmax(scores, dim=-1)", "llama2"),
+        ("torch.softmax(scores, dim=-1,", "torch.softmax(scores, dim=-2,", "llama2"),
         # block, model, configurations
         ("x + self.ff(self.norm2(x))", "x + self.ff(self.norm1(x))", "llama2"),
         ("self.out_head(self.final_norm(x))", "self.out_head(x)", "llama2"),
@@ -60,12 +60,12 @@ MUTANTS = {  # module: (what is there, what is put there, test files of which on
         ("equal.cumsum(dim=-1) <= places", "equal.cumsum(dim=-1) <= top_k", "sampling"),
         ("- probs >= top_p", ">= top_p", "sampling"),
         ("(logits - largest) / temperature", "(logits - largest) * temperature", "sampling"),
-        ("logits = logits.float()\n", "", "sampling"),
+        ("logits = logits.float()\n    largest", "largest", "sampling"),
     ],
     "generate.py": [
         ("idx[:, -context_size:]", "idx[:, :context_size]", "generate"),
         (")[:, -1]  # (B, T, V)", ")[:, 0]  # (B, T, V)", "generate"),
-        ("ended | torch.isin(drawn, ends)", "torch.isin(drawn, ends)", "generate"),
+        ("torch.where(ended, idx[:, -1:], drawn)", "drawn", "generate"),
         ("idx.shape[1] > context_size", "idx.shape[1] > context_size + 1", "generate"),
         ("model.eval()\n", "pass\n", "generate"),
     ],
