@@ -45,7 +45,7 @@ def close(found, expected, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("N, K", [(96, 256), (1, 64), (33, 70), (7, 31), (5, 1), (300, 1000)])
+@pytest.mark.parametrize("N, K", [(96, 256), (1, 64), (33, 70), (7, 31), (5, 1), (300, 1000), (70, 2500)])
 def test_a_product_is_that_of_float64(N, K, dtype, both):
     weight = random(N, K, dtype=dtype)
     for rows in (*range(1, 10), 20):
@@ -137,7 +137,7 @@ def attention(q, keys, values, input_pos):
 
 SHAPES = [  # B, T, H, G, d, S
     (1, 1, 4, 1, 64, 40), (2, 1, 8, 2, 64, 700), (3, 3, 6, 3, 128, 530), (2, 2, 4, 4, 16, 300), (1, 8, 2, 1, 80, 257),
-    (1, 2, 2, 1, 256, 1025), (1, 1, 2, 2, 48, 1),
+    (1, 2, 2, 1, 256, 1025), (1, 1, 2, 2, 48, 1), (2, 5, 2, 2, 64, 300), (1, 3, 2, 2, 128, 70),
 ]  # fmt: skip
 
 
@@ -381,9 +381,15 @@ MISTAKES = {
     "a query sees one slot too few": ("+ 1 - first;", "- first;"),
     "the heads of a group are interleaved": ("h = g * each + m % each;\n        const E* from", "h = m % each * G + g;\n        const E* from"),
     "parts are joined as if they had one maximum": ("std::exp(first.maximum[c * step] - maximum)", "1.0f"),
-    "scores are not scaled": ("/ std::sqrt(float(d))", ""),
-    "the rest of a row is left out": ("for (int64_t rest = k; rest < K; rest++)", "for (int64_t rest = k; rest < k; rest++)"),
-    "a chunk's last slots are left out": ("for (int64_t s = 0; s < count; s += 4)", "for (int64_t s = 0; s + 4 <= count; s += 4)"),
+    "scores are not scaled": ("const float scale = 1 / std::sqrt(float(d));", "const float scale = 1;"),
+    "the rest of a row is left out": ("if (k < K) {", "if (k > K) {"),
+    "a part of a row takes the place of those before": ("sum[r * T + t] += add_up", "sum[r * T + t] = add_up"),
+    "the last rows of a matrix are left out": ("for (; n < bottom; n++) tile", "for (; n > bottom; n++) tile"),
+    "x is packed row by row": ("*to++ = i < K ? How::number(x[t * K + i])", "*to++ = i < K ? How::number(x[k * T + t * How::count + i - k])"),
+    "neighbours are the same one twice": ("even + 1)", "even)"),
+    "the last keys are read where the first stand": ("rest + (j - s) * d, keys + j * key_stride", "rest + (j - s) * d, keys + (j - s) * key_stride"),
+    "a chunk's last value is left out": ("for (int64_t s = 0; s < count; s++) {", "for (int64_t s = 0; s + 1 < count; s++) {"),
+    "queries that fill no group are left out": ("if (Q > 1 && M % Q)", "if (Q > M)"),
     "bf16 is cut and not rounded": ("(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "bits >> 16"),
     "a matrix's rows follow each other": ("weight + n * stride", "weight + n * K"),
 }  # fmt: skip

@@ -1,10 +1,11 @@
 // The kernels for decoding on a CPU, written by hand; ch04_kv_cache_and_compile/04_the_roofline.ipynb walks through them.
 //
 // One token at a time, a model does two operations for each weight that it reads, so it can be as fast as the memory.
-// Three habits let the code keep up with it:
-//  - each thread reads one stream: its rows one after another, so that the hardware fetches ahead of it;
-//  - every sum is kept in lanes, which are vectors in registers on any CPU, with two of them under way at a time;
-//  - bf16 becomes float32 in registers, never in memory.
+// Four habits let the code keep up with it:
+//  - it asks for memory before it needs it (prefetch), since the hardware's own guess ends at each page of 4 KB;
+//  - every sum is kept in lanes, which are vectors in registers on any CPU, with several of them under way at a time;
+//  - bf16 becomes float32 in registers, never in memory;
+//  - what is used again, a few rows of x or of the cache, is laid out so that it stays in the first-level cache.
 // The order of every sum depends on the constants below alone: not on the number of threads, nor on the other rows.
 // Vectors are those of GCC and Clang; libtorch is called through its stable interface, whose headers compile fast.
 
@@ -17,9 +18,10 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -27,8 +29,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
 
-constexpr int LANES = 16;  // floats in a vector; where registers are narrower, the compiler takes several
+#if defined(__AVX512F__)
+constexpr int LANES = 16, REGISTERS = 32;  // floats in a vector, and vectors that the CPU can name
+#elif defined(__AVX__)
+constexpr int LANES = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, REGISTERS = 32;
+#else
+constexpr int LANES = 4, REGISTERS = 16;
+#endif
 constexpr int ROWS = 8;  // rows of x that share one pass over the weights
+constexpr int64_t WIDTH = 2048;  // bytes of each row of x that one pass takes: those of 8 rows are half a first-level cache
+constexpr int64_t BLOCK = 65536;  // bytes of weights that all those passes go over before the next
 constexpr int64_t CHUNK = 256;  // cache slots that one task of attention reads
 constexpr int64_t MAX_HEAD_DIM = 256;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
@@ -68,91 +80,141 @@ static inline Floats load(const float* from) {
 }
 
 static inline Floats load(const bf16* from) {
+#ifdef __AVX512F__  // one instruction, for which GCC takes five
+  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#endif
   Halves x;
   std::memcpy(&x, from, sizeof x);
   return (Floats)(__builtin_convertvector(x, Words) << 16);
 }
 
-static inline float add_up(Floats x) {  // the lanes in pairs, then pairs of pairs
-  typedef float Eight __attribute__((vector_size(32)));
-  typedef float Four __attribute__((vector_size(16)));
-  Eight a[2];
-  std::memcpy(a, &x, sizeof x);
-  a[0] += a[1];
-  Four b[2];
-  std::memcpy(b, &a[0], sizeof b);
-  b[0] += b[1];
-  return (b[0][0] + b[0][2]) + (b[0][1] + b[0][3]);
+// a0 + a1, a2 + a3, ..., then the same of b
+static inline Floats neighbours(Floats a, Floats b) {
+#ifdef __clang__
+  const auto pick = [&]<int... I>(std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, 2 * I + 1 ...);
+  };
+  return pick(std::make_integer_sequence<int, LANES>());
+#else
+  Ints even;
+  for (int i = 0; i < LANES; i++) even[i] = 2 * i;
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
 }
+
+static inline float add_up(Floats x) {
+  for (int n = LANES; n > 1; n /= 2) x = neighbours(x, x);
+  return x[0];
+}
+
+static inline void ask_for(const void* from, int64_t bytes) {  // so that it is in the second-level cache when it is read
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at, 0, 2);
+}
+
+// ---- how products are added to a vector of sums: `count` numbers of a weight and of x at a time
+
+struct Wide {  // one number to a lane, x in float32
+  typedef float Number;
+  typedef Floats Vector;
+  static constexpr int64_t count = LANES;
+  template <typename E>
+  static inline Vector get(const E* from) { return load(from); }
+  static inline Floats add(Floats sum, Vector w, Vector x) { return sum + w * x; }
+  template <typename E>
+  static inline Number number(E x) { return widen(x); }
+};
+
+#ifdef __AVX512BF16__
+struct Paired {  // two bf16 to a lane, by the one instruction that multiplies 32 pairs and adds them to 16 floats
+  typedef bf16 Number;
+  typedef __m512bh Vector;
+  static constexpr int64_t count = 2 * LANES;
+  static inline Vector get(const bf16* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static inline Floats add(Floats sum, Vector w, Vector x) { return (Floats)_mm512_dpbf16_ps((__m512)sum, w, x); }
+  static inline Number number(bf16 x) { return x; }
+};
+typedef Paired Half;
+#else
+typedef Wide Half;
+#endif
 
 // ---- y = x W^T
 
-// y[t] = w . x[t] for T rows of x: reads w once
-template <int T, typename W>
-static inline void dot(const W* w, const float* x, int64_t K, float* y) {
-  Floats sum[T][2] = {};
-  int64_t k = 0;
-  for (; k + 2 * LANES <= K; k += 2 * LANES)
-    for (int part = 0; part < 2; part++) {
-      const int64_t at = k + part * LANES;
-      const Floats weight = load(w + at);
-      for (int t = 0; t < T; t++) sum[t][part] += weight * load(x + t * K + at);
-    }
-  for (int t = 0; t < T; t++) {
-    y[t] = add_up(sum[t][0] + sum[t][1]);
-    for (int64_t rest = k; rest < K; rest++) y[t] += widen(w[rest]) * x[t * K + rest];
-  }
+// T rows of x as the tiles read them: `count` numbers of each row in turn, filled up with zeros
+template <typename How, typename E>
+static void pack(const E* x, int64_t T, int64_t K, typename How::Number* to) {
+  for (int64_t k = 0; k < K; k += How::count)
+    for (int64_t t = 0; t < T; t++)
+      for (int64_t i = k; i < k + How::count; i++) *to++ = i < K ? How::number(x[t * K + i]) : typename How::Number{};
 }
 
-#ifdef __AVX512BF16__
-// The same for x in bf16, by the one instruction that multiplies 32 pairs of bf16 and adds them to 16 floats
-template <int T>
-static inline void dot(const bf16* w, const bf16* x, int64_t K, float* y) {
-  __m512 sum[T][2];
-  for (int t = 0; t < T; t++) sum[t][0] = sum[t][1] = _mm512_setzero_ps();
-  int64_t k = 0;
-  for (; k + 4 * LANES <= K; k += 4 * LANES)
-    for (int part = 0; part < 2; part++) {
-      const int64_t at = k + part * 2 * LANES;
-      const __m512bh weight = (__m512bh)_mm512_loadu_si512(w + at);
-      for (int t = 0; t < T; t++)
-        sum[t][part] = _mm512_dpbf16_ps(sum[t][part], weight, (__m512bh)_mm512_loadu_si512(x + t * K + at));
+// Adds to sum (R, T) the products of R rows of the weight, `stride` apart, with T packed rows of x, over K numbers.
+// Each weight is read once, and what stands `ahead` of it is asked for.
+template <typename How, int R, int T, typename W>
+static inline void tile(const W* w, int64_t stride, int64_t ahead, const typename How::Number* x, int64_t K, float* sum) {
+  Floats sums[R][T] = {};
+  const auto step = [&](const W* from, int64_t apart) {
+    typename How::Vector weight[R];
+    for (int r = 0; r < R; r++) weight[r] = How::get(from + r * apart);
+    for (int t = 0; t < T; t++, x += How::count) {
+      const typename How::Vector number = How::get(x);
+      for (int r = 0; r < R; r++) sums[r][t] = How::add(sums[r][t], weight[r], number);
     }
-  for (int t = 0; t < T; t++) {
-    y[t] = add_up((Floats)_mm512_add_ps(sum[t][0], sum[t][1]));
-    for (int64_t rest = k; rest < K; rest++) y[t] += widen(w[rest]) * widen(x[t * K + rest]);
+  };
+  int64_t k = 0;
+  for (; k + How::count <= K; k += How::count) {
+    for (int r = 0; r < R; r++) __builtin_prefetch(w + r * stride + k + ahead, 0, 2);
+    step(w + k, stride);
   }
+  if (k < K) {
+    W rest[R][How::count] = {};
+    for (int r = 0; r < R; r++) std::memcpy(rest[r], w + r * stride + k, (K - k) * sizeof(W));
+    step(rest[0], How::count);
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) sum[r * T + t] += add_up(sums[r][t]);
 }
-#endif
 
-template <typename W, typename X>
-static inline void dots(int64_t T, const W* w, const X* x, int64_t K, float* y) {
-  static_assert(ROWS == 8);
-  switch (T) {
-    case 1: return dot<1>(w, x, K, y);
-    case 2: return dot<2>(w, x, K, y);
-    case 3: return dot<3>(w, x, K, y);
-    case 4: return dot<4>(w, x, K, y);
-    case 5: return dot<5>(w, x, K, y);
-    case 6: return dot<6>(w, x, K, y);
-    case 7: return dot<7>(w, x, K, y);
-    default: return dot<8>(w, x, K, y);
+// y[t][n] = w[n] . x[t] for T packed rows of x and the rows `begin` to `end` of the weight
+template <typename How, int T, typename W>
+static void multiply(const typename How::Number* x, const W* weight, W* y, int64_t N, int64_t K, int64_t stride,
+                     int64_t begin, int64_t end) {
+  constexpr int R = std::clamp((REGISTERS - 8) / T, 1, 4);  // R x T sums stay in registers
+  constexpr int64_t width = WIDTH / sizeof(typename How::Number);
+  const int64_t height = std::clamp<int64_t>(BLOCK / std::max<int64_t>(K * sizeof(W), 1), 1, 16) * R;
+  std::vector<float> sums;
+  for (int64_t top = begin; top < end; top += height) {
+    const int64_t bottom = std::min(top + height, end), ahead = height * stride;
+    sums.assign(height * T, 0.0f);
+    for (int64_t k = 0; k < K; k += width) {
+      const int64_t part = std::min(width, K - k);
+      int64_t n = top;
+      for (; n + R <= bottom; n += R)
+        tile<How, R, T>(weight + n * stride + k, stride, ahead, x + k * T, part, &sums[(n - top) * T]);
+      for (; n < bottom; n++) tile<How, 1, T>(weight + n * stride + k, stride, ahead, x + k * T, part, &sums[(n - top) * T]);
+    }
+    for (int64_t n = top; n < bottom; n++)
+      for (int64_t t = 0; t < T; t++) store(sums[(n - top) * T + t], y + t * N + n);
   }
 }
 
 // y (rows, N) of x (rows, K) and weight (N, K), whose rows are `stride` apart
-template <typename W, typename X>
-static void multiply(const X* x, const W* weight, W* y, int64_t rows, int64_t N, int64_t K, int64_t stride) {
+template <typename How, typename E>
+static void multiply_all(const E* x, const E* weight, E* y, int64_t rows, int64_t N, int64_t K, int64_t stride) {
+  static_assert(ROWS == 8);
+  constexpr decltype(&multiply<How, 1, E>) of[] = {
+      multiply<How, 1, E>, multiply<How, 2, E>, multiply<How, 3, E>, multiply<How, 4, E>,
+      multiply<How, 5, E>, multiply<How, 6, E>, multiply<How, 7, E>, multiply<How, 8, E>};
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, K));  // less is not worth a second thread
-  parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
-    float sums[ROWS];
-    for (int64_t n = begin; n < end; n++)
-      for (int64_t t = 0; t < rows; t += ROWS) {
-        const int64_t T = std::min<int64_t>(ROWS, rows - t);
-        dots(T, weight + n * stride, x + t * K, K, sums);
-        for (int64_t i = 0; i < T; i++) store(sums[i], y + (t + i) * N + n);
-      }
-  });
+  const int64_t padded = (K + How::count - 1) / How::count * How::count;
+  std::vector<typename How::Number> packed(ROWS * padded);
+  for (int64_t t = 0; t < rows; t += ROWS) {
+    const int64_t T = std::min<int64_t>(ROWS, rows - t);
+    pack<How>(x + t * K, T, K, packed.data());
+    parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
+      of[T - 1](packed.data(), weight, y + t * N, N, K, stride, begin, end);
+    });
+  }
 }
 
 // x (rows, K) and weight (N, K), of one dtype, float32 or bf16, to (rows, N)
@@ -164,18 +226,10 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   const Tensor in = torch::stable::contiguous(x);
   Tensor y = torch::stable::new_empty(x, {rows, N});
   if (x.scalar_type() == ScalarType::Float) {
-    multiply((const float*)in.data_ptr(), (const float*)weight.data_ptr(), (float*)y.data_ptr(), rows, N, K, stride);
+    multiply_all<Wide>((const float*)in.data_ptr(), (const float*)weight.data_ptr(), (float*)y.data_ptr(), rows, N, K, stride);
   } else {
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "the dtype must be float32 or bfloat16");
-    const bf16 *from = (const bf16*)in.data_ptr(), *w = (const bf16*)weight.data_ptr();
-    bf16* to = (bf16*)y.data_ptr();
-#ifdef __AVX512BF16__
-    multiply(from, w, to, rows, N, K, stride);
-#else
-    std::vector<float> wide(rows * K);
-    for (int64_t i = 0; i < rows * K; i++) wide[i] = widen(from[i]);
-    multiply(wide.data(), w, to, rows, N, K, stride);
-#endif
+    multiply_all<Half>((const bf16*)in.data_ptr(), (const bf16*)weight.data_ptr(), (bf16*)y.data_ptr(), rows, N, K, stride);
   }
   return y;
 }
@@ -205,53 +259,79 @@ struct Part {
   float* context;  // (M, d), values weighted so
 };
 
-// Queries m = 0..M - 1 (M, d), scaled, see the first seen[m] of `count` slots. D is d where it is known in advance.
-template <int D, typename E>
-static void attend(const float* queries, const int64_t* seen, int64_t M, int64_t d, const E* keys, int64_t key_stride,
-                   const E* values, int64_t value_stride, int64_t count, Part part) {
+// scores[s] = q . k[s] for LANES keys (LANES, d): a vector of sums for each, whose lanes then add up, all at once
+template <typename How, int D, typename E>
+static inline void score(const typename How::Number* q, int64_t d, const E* keys, float* scores) {
   if (D) d = D;
-  const int64_t parts = d / LANES, padded = (count + LANES - 1) / LANES * LANES;
-  std::vector<float> scores(M * CHUNK, -INFINITE);
+  const int64_t parts = d / How::count;
+  typename How::Vector query[(D ? D : MAX_HEAD_DIM) / How::count];
+  for (int64_t i = 0; i < parts; i++) query[i] = How::get(q + i * How::count);
+  Floats sums[LANES] = {};
+  for (int j = 0; j < LANES; j++)
+    for (int64_t i = 0; i < parts; i++) sums[j] = How::add(sums[j], How::get(keys + j * d + i * How::count), query[i]);
+  for (int n = LANES / 2; n > 0; n /= 2)
+    for (int j = 0; j < n; j++) sums[j] = neighbours(sums[2 * j], sums[2 * j + 1]);
+  std::memcpy(scores, &sums[0], sizeof sums[0]);
+}
 
-  for (int64_t s = 0; s < count; s++) {
-    Floats key[(D ? D : MAX_HEAD_DIM) / LANES];
-    for (int64_t i = 0; i < parts; i++) key[i] = load(keys + s * key_stride + i * LANES);
-    for (int64_t m = 0; m < M; m++) {
-      Floats sum = {};
-      for (int64_t i = 0; i < parts; i++) sum += key[i] * load(queries + m * d + i * LANES);
-      scores[m * CHUNK + s] = add_up(sum);
+// context[m] = the sum of weights[m][s] v[s] over `count` slots, for M queries (M, d), Q of them at a time. What will be
+// read after it, as much from `next` on, is asked for meanwhile.
+template <int Q, int D, typename E>
+static void mix(const float* weights, int64_t M, int64_t d, const E* values, int64_t stride, int64_t count, const E* next,
+                float* context) {
+  const int64_t parts = (D ? D : d) / LANES;
+  for (int64_t m = 0; m + Q <= M; m += Q) {
+    Floats sums[Q][(D ? D : MAX_HEAD_DIM) / LANES] = {};
+    for (int64_t s = 0; s < count; s++) {
+      if (m == 0) ask_for(next + s * stride, d * sizeof(E));
+      for (int64_t i = 0; i < parts; i++) {
+        const Floats value = load(values + s * stride + i * LANES);
+        for (int q = 0; q < Q; q++) sums[q][i] += value * weights[(m + q) * CHUNK + s];
+      }
     }
+    for (int q = 0; q < Q; q++) std::memcpy(context + (m + q) * d, sums[q], d * sizeof(float));
   }
+  if (Q > 1 && M % Q) mix<1, D>(weights + M / Q * Q * CHUNK, M % Q, d, values, stride, count, next,
+                                context + M / Q * Q * d);
+}
 
+// Queries m = 0..M - 1 (M, d) see the first seen[m] of `count` slots. D is d where it is known in advance.
+template <typename How, int D, typename E>
+static void attend(const typename How::Number* queries, const int64_t* seen, int64_t M, int64_t d, const E* keys,
+                   int64_t key_stride, const E* values, int64_t value_stride, int64_t count, Part part) {
+  if (D) d = D;
+  const float scale = 1 / std::sqrt(float(d));
+  const int64_t padded = (count + LANES - 1) / LANES * LANES;
+  std::vector<float> scores(M * CHUNK);
+  E rest[LANES * (D ? D : MAX_HEAD_DIM)] = {};
+  for (int64_t s = 0; s < count; s += LANES) {
+    const int64_t end = std::min(s + LANES, count);
+    const bool whole = s + LANES <= count && key_stride == d;
+    for (int64_t j = s; j < end; j++) {
+      ask_for(values + j * value_stride, d * sizeof(E));
+      if (!whole) std::memcpy(rest + (j - s) * d, keys + j * key_stride, d * sizeof(E));
+    }
+    for (int64_t m = 0; m < M; m++)
+      score<How, D>(queries + m * d, d, whole ? keys + s * key_stride : rest, &scores[m * CHUNK + s]);
+  }
   for (int64_t m = 0; m < M; m++) {
     float* score = scores.data() + m * CHUNK;
-    float maximum = -INFINITE;
     for (int64_t s = std::max<int64_t>(0, seen[m]); s < padded; s++) score[s] = -INFINITE;
-    for (int64_t s = 0; s < padded; s++) maximum = score[s] > maximum ? score[s] : maximum;
-    part.maximum[m] = maximum;
+    Floats most = load(score);
+    for (int64_t s = LANES; s < padded; s += LANES) most = load(score + s) > most ? load(score + s) : most;
+    float maximum = -INFINITE;
+    for (int i = 0; i < LANES; i++) maximum = most[i] > maximum ? most[i] : maximum;
+    part.maximum[m] = maximum * scale;
     Floats sum = {};
     for (int64_t s = 0; s < padded; s += LANES) {
-      const Floats weight = exponential(load(score + s) - (maximum == -INFINITE ? 0.0f : maximum));
+      const Floats weight = exponential((load(score + s) - (maximum == -INFINITE ? 0.0f : maximum)) * scale);
       sum += weight;
       std::memcpy(score + s, &weight, sizeof weight);
     }
     part.total[m] = add_up(sum);
   }
-
-  for (int64_t s = 0; s < count; s += 4) {  // four slots at a time, or the sums would come and go too often
-    Floats value[4][(D ? D : MAX_HEAD_DIM) / LANES];
-    for (int64_t j = 0; j < 4; j++)
-      for (int64_t i = 0; i < parts; i++)
-        value[j][i] = s + j < count ? load(values + (s + j) * value_stride + i * LANES) : Floats{};
-    for (int64_t m = 0; m < M; m++) {
-      const float* w = scores.data() + m * CHUNK + s;
-      for (int64_t i = 0; i < parts; i++) {
-        float* to = part.context + m * d + i * LANES;
-        const Floats sum = load(to) + value[0][i] * w[0] + value[1][i] * w[1] + value[2][i] * w[2] + value[3][i] * w[3];
-        std::memcpy(to, &sum, sizeof sum);
-      }
-    }
-  }
+  constexpr int Q = D ? std::max(1, (REGISTERS / 2) * LANES / D) : 1;  // their sums stay in registers
+  mix<Q, D>(scores.data(), M, d, values, value_stride, count, keys + CHUNK * key_stride, part.context);
 }
 
 // Joins the parts of one query over all chunks; `step` parts lie between two of them
@@ -269,7 +349,7 @@ static void join(const Part& first, int64_t chunks, int64_t step, int64_t d, flo
   for (int64_t i = 0; i < d; i++) context[i] /= total;
 }
 
-template <typename E>
+template <typename How, typename E>
 static void attend_all(const Tensor& q, const Tensor& keys, const Tensor& values, const int64_t* positions, Tensor& y) {
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), d = q.size(3), G = keys.size(1);
   const int64_t each = H / G, M = T * each;  // queries that share keys
@@ -288,7 +368,7 @@ static void attend_all(const Tensor& q, const Tensor& keys, const Tensor& values
   };
 
   parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> queries(M * d);
+    std::vector<typename How::Number> queries(M * d);
     std::vector<int64_t> seen(M);
     for (int64_t task = begin; task < end; task++) {
       const int64_t b = task / (G * chunks), g = task / chunks % G, first = task % chunks * CHUNK;
@@ -298,11 +378,11 @@ static void attend_all(const Tensor& q, const Tensor& keys, const Tensor& values
         const int64_t t = m / each, h = g * each + m % each;
         const E* from = Q + b * q.stride(0) + t * q.stride(1) + h * q.stride(2);
         seen[m] = positions[b * T + t] + 1 - first;
-        for (int64_t i = 0; i < d; i++) queries[m * d + i] = widen(from[i]) / std::sqrt(float(d));
+        for (int64_t i = 0; i < d; i++) queries[m * d + i] = How::number(from[i]);
       }
       const E* k = K + b * keys.stride(0) + g * keys.stride(1) + first * keys.stride(2);
       const E* v = V + b * values.stride(0) + g * values.stride(1) + first * values.stride(2);
-      const auto run = d == 64 ? attend<64, E> : d == 128 ? attend<128, E> : attend<0, E>;
+      const auto run = d == 64 ? attend<How, 64, E> : d == 128 ? attend<How, 128, E> : attend<How, 0, E>;
       run(queries.data(), seen.data(), M, d, k, keys.stride(2), v, values.stride(2), count, part(task, 0));
     }
   });
@@ -327,7 +407,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& keys, const Tensor& value
   for (int64_t i = 0; i < 4; i++) STD_TORCH_CHECK(values.size(i) == keys.size(i), "keys and values differ in shape");
   STD_TORCH_CHECK(input_pos.size(0) == B && input_pos.size(1) == T && input_pos.scalar_type() == ScalarType::Long,
                   "input_pos must be (B, T), int64");
-  STD_TORCH_CHECK(d % LANES == 0 && d <= MAX_HEAD_DIM, "head_dim must be a multiple of 16, at most 256");
+  STD_TORCH_CHECK(d % 16 == 0 && d <= MAX_HEAD_DIM, "head_dim must be a multiple of 16, at most 256");
   STD_TORCH_CHECK(q.stride(3) == 1 && keys.stride(3) == 1 && values.stride(3) == 1, "each vector must be contiguous");
   STD_TORCH_CHECK(keys.scalar_type() == q.scalar_type() && values.scalar_type() == q.scalar_type(),
                   "q, keys and values must have one dtype");
@@ -338,10 +418,10 @@ Tensor decode_attention(const Tensor& q, const Tensor& keys, const Tensor& value
   for (int64_t i = 0; i < B * T; i++)
     STD_TORCH_CHECK(positions[i] >= 0 && positions[i] < S, "position ", positions[i], " is outside a cache of ", S);
   if (q.scalar_type() == ScalarType::Float) {
-    attend_all<float>(q, keys, values, positions, y);
+    attend_all<Wide, float>(q, keys, values, positions, y);
   } else {
     STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16, "the dtype must be float32 or bfloat16");
-    attend_all<bf16>(q, keys, values, positions, y);
+    (d % Half::count ? attend_all<Wide, bf16> : attend_all<Half, bf16>)(q, keys, values, positions, y);
   }
   return y;
 }
