@@ -1,6 +1,7 @@
-"""Small checkpoints with random weights, large enough that texts vary, for the tests of the command line."""
+"""Models with random weights that are large enough to matter, and small checkpoints of such."""
 
 import io
+import math
 from itertools import groupby
 from pathlib import Path
 
@@ -28,6 +29,18 @@ def shown(tokenizer, ids: list[int]) -> str:
     special = getattr(tokenizer, "special_ids", ())
     runs = groupby(ids, key=lambda token: token in special)
     return "".join(tokenizer.decode(list(run)) for is_special, run in runs if not is_special)
+
+
+def random_weights(model, size=2.0, seed=0):
+    """Weights large enough that attention has favourites; norm weights that differ from 1 and from each other."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 2:
+                p.normal_(0, size / math.sqrt(p.shape[1]), generator=generator)
+            else:
+                p.uniform_(0.5, 1.5, generator=generator)
+    return model.eval()
 
 
 def shake(model: torch.nn.Module) -> torch.nn.Module:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_llamas import SENTENCES, write_llama2, write_llama3
+from small_llamas import SENTENCES, random_weights, write_llama2, write_llama3
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,18 +37,6 @@ LLAMA2 = {
     "n_layers": 2, "hidden_dim": 80, "dtype": torch.float32,
 }  # fmt: skip
 PROMPTS = [[5, 17, 3, 99, 20], list(range(40, 77)), [8], [100, 0, 100, 0, 100, 0, 55, 54, 53, 12]]
-
-
-def random_weights(model, size=2.0, seed=0):
-    """Weights large enough that attention has favourites and texts do not run in circles at once."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.normal_(0, size / math.sqrt(p.shape[1]), generator=generator)
-            else:
-                p.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

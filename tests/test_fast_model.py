@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_llama3 import CONFIGS, SHORT, SMALL, Watch, random_weights, relative_error, their_model, token_ids
+from small_llamas import random_weights
+from test_llama3 import CONFIGS, SHORT, SMALL, Watch, relative_error, their_model, token_ids
 from torch import nn
 
 from llamabook.errors import ContextError

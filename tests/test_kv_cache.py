@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_llama3 import CONFIGS, SHORT, random_weights, relative_error, their_model, token_ids
+from small_llamas import random_weights
+from test_llama3 import CONFIGS, SHORT, relative_error, their_model, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_llamas import random_weights
 
 from llamabook import llama2
 from llamabook.errors import ConfigError, ContextError, InputError
@@ -45,18 +46,6 @@ NAMES = {
     "att.out_proj": "self_attn.o_proj", "ff.fc1": "mlp.gate_proj", "ff.fc2": "mlp.up_proj", "ff.fc3": "mlp.down_proj",
     "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
 }  # fmt: skip
-
-
-def random_weights(model, seed=0):
-    """Weights large enough that attention has favourites; norm weights that differ from 1 and from each other."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.normal_(0, 2 / math.sqrt(p.shape[1]), generator=generator)
-            else:
-                p.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
 
 
 def token_ids(cfg, batch=2, length=T):

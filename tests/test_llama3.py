@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_llamas import random_weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -71,18 +72,6 @@ NAMES = {
     "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
 }  # fmt: skip
 MODELS = [Llama3Model, Llama3ModelFast]
-
-
-def random_weights(model, size=2.0, seed=0):
-    """Weights large enough that attention has favourites; norm weights that differ from 1 and from each other."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p.normal_(0, size / math.sqrt(p.shape[1]), generator=generator)
-            else:
-                p.uniform_(0.5, 1.5, generator=generator)
-    return model.eval()
 
 
 def token_ids(cfg, length, batch=1):
