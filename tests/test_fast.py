@@ -606,10 +606,25 @@ def test_pocket_512_tokens():
     model, tokenizer = fast.load(path, dtype=torch.float32)
     prompts = [tokenizer.encode(text, bos=True) for text in ("The llama", "One morning the farmer went to", "Hay")]
     n = min(512, model.cfg["context_length"] - max(map(len, prompts)))
-    for knobs in ({}, {"chunk": 4}):
-        rows = fast.generate(model, prompts, n, **knobs)
-        assert all(is_greedy_text(plain, prompt, new) for prompt, new in zip(prompts, rows))
-    assert is_greedy_text(plain, prompts[0], fast.generate(model, prompts[:1], n)[0])
+    assert_same_text(model, plain, prompts, n)
+
+
+def test_layers_as_wide_as_in_1b():
+    """Two of them with random weights: the kernels meet the widths, and the heads, that people run."""
+    cfg = {**LLAMA32_CONFIG_1B, "n_layers": 2, "vocab_size": 2000, "context_length": 200, "dtype": torch.float32}
+    plain = random_weights(Llama3Model(cfg), size=1.0)
+    prompts = [[7, 1999, 30], list(range(100, 195)), [0] * 20]
+    assert_same_text(from_llama(plain), plain, prompts, 96)
+
+
+def assert_same_text(model, plain, prompts, n):
+    """Uncached = cached = in chunks = in a ragged batch = compiled."""
+    torch._dynamo.reset()
+    for rows, knobs in ((prompts, {}), (prompts, {"chunk": 12}), (prompts[:1], {}), (prompts, {"compile": True}),
+                        (prompts[1:2], {"compile": True, "compile_prefill": True, "chunk": 40})):  # fmt: skip
+        for prompt, new in zip(rows, fast.generate(model, rows, n, **knobs), strict=True):
+            assert len(new) == n and is_greedy_text(plain, prompt, new), knobs
+    torch._dynamo.reset()
 
 
 # ---------------------------------------------------------------- mutants
