@@ -39,8 +39,8 @@ constexpr int LANES = 4, REGISTERS = 32;
 constexpr int LANES = 4, REGISTERS = 16;
 #endif
 constexpr int ROWS = 8;  // rows of x that share one pass over the weights
-constexpr int64_t WIDTH = 2048;  // bytes of each row of x that one pass takes: those of 8 rows are half a first-level cache
-constexpr int64_t BLOCK = 65536;  // bytes of weights that all those passes go over before the next
+constexpr int64_t WIDTH = 2048;  // bytes of each row of x that one pass takes: 8 rows of it are half a first-level cache
+constexpr int64_t BLOCK = 65536;  // bytes of weights for each row of a tile that all passes go over before the next ones
 constexpr int64_t CHUNK = 256;  // cache slots that one task of attention reads
 constexpr int64_t MAX_HEAD_DIM = 256;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
