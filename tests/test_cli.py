@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_llamas import shown, write_llama2, write_llama3
+from small_llamas import kernels_first, shown, write_llama2, write_llama3
 
 import llamabook
 from llamabook.checkpoint import load_model

@@ -48,7 +48,7 @@ def write(
             batches.append(write_batch(speaker, ids, sampling, rows, number))
         label = f"Samples {number + 1} to {number + rows}" if rows > 1 else f"Sample {number + 1}"
         report(speaker, ids, batches[-1], f"{label}: " if num_samples > 1 else "")
-    if num_samples > 1:
+    if len(batches) > 1:
         speed = sum(batch.tokens for batch in batches) / sum(batch.seconds for batch in batches)
         tell(f"Average: {speed:.1f} tokens/s")
     tell_memory(speaker.device)
