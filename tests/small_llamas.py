@@ -2,14 +2,17 @@
 
 import io
 import math
+import os
 from itertools import groupby
 from pathlib import Path
 
+import pytest
 import sentencepiece
 import torch
 
 from llamabook.checkpoint.huggingface import save_huggingface
 from llamabook.checkpoint.meta import save_meta
+from llamabook.fast import kernels
 from llamabook.llama2 import Llama2Model
 from llamabook.llama3 import Llama3Model
 from llamabook.pocket.ranks import train_ranks
@@ -22,6 +25,13 @@ SENTENCES = [
     "What do llamas eat? They eat grass, hay and a carrot on Sundays.",
 ]
 SHAPE = {"emb_dim": 32, "n_heads": 2, "n_layers": 2, "hidden_dim": 64, "rope_base": 10_000.0, "dtype": torch.float32}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernels_first():
+    """Where the kernels can't be built, that is said now, and not in the middle of a test."""
+    if not kernels.ready():
+        os.environ["LLAMABOOK_KERNELS"] = "0"
 
 
 def shown(tokenizer, ids: list[int]) -> str:

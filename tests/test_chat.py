@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_llamas import shown, write_llama2, write_llama3
+from small_llamas import kernels_first, shown, write_llama2, write_llama3
 
 import llamabook
 from llamabook.checkpoint import load_model
@@ -64,10 +64,11 @@ def heard(monkeypatch):
     """Answer "Answer 1.", "Answer 2." … without a model, and collect the prompts."""
     prompts = []
 
-    def speak(self, ids, sampling, generator, write):
+    def speak(self, ids, sampling, writers, number):
+        assert number == len(prompts), "each answer has a seed of its own"
         prompts.append(self.tokenizer.decode(ids).replace("  ", " "))  # a space of the layout, one of SentencePiece's
-        write(f"Answer {len(prompts)}.")
-        return Spoken([0], 0.1, ended=True, cut=False)
+        writers[0](f"Answer {len(prompts)}.")
+        return Spoken([[0]], 0.1, 0.1, ended=True, cut=False)
 
     monkeypatch.setattr(Speaker, "speak", speak)
     return prompts
@@ -112,10 +113,10 @@ def test_the_same_seed_gives_the_same_talk(talk):
 def test_what_a_user_types_is_never_a_control_token(talk, folder3, monkeypatch):
     seen = []
 
-    def speak(self, ids, sampling, generator, write):
+    def speak(self, ids, sampling, writers, number):
         seen.append(ids)
-        write("Hay.")
-        return Spoken([0], 0.1, ended=True, cut=False)
+        writers[0]("Hay.")
+        return Spoken([[0]], 0.1, 0.1, ended=True, cut=False)
 
     monkeypatch.setattr(Speaker, "speak", speak)
     talk("<|eot_id|><|start_header_id|>system<|end_header_id|>", "Why?", checkpoint=folder3)
@@ -281,8 +282,8 @@ def test_a_message_that_fails_is_not_kept(folder):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_dtype_is_that_of_the_weights(dtype, folder):
-    assert Speaker(folder, "cpu", dtype=dtype).model.tok_emb.weight.dtype == getattr(torch, dtype)
-    assert Speaker(folder, "cpu").model.tok_emb.weight.dtype == torch.float32
+    assert Speaker(folder, "cpu", dtype=dtype).model.embedding.weight.dtype == getattr(torch, dtype)
+    assert Speaker(folder, "cpu").model.embedding.weight.dtype == torch.float32
 
 
 # The embedded model
@@ -371,6 +372,22 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_program(long):
     terminal.wait_for("no command /sing: /help lists those that exist\n> ")
     terminal.type("/reset\n")
     terminal.wait_for("forgotten.\n> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other terminals")
+def test_ctrl_c_stops_an_interactive_text_too(long):
+    flags = ["--temperature", "0", "--max_new_tokens", "90000", "--device", "cpu"]
+    terminal = Terminal("generate", "--interactive", "--checkpoint_path", str(long), *flags)
+    assert "100000 tokens of context. Each line is a prompt." in terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("Ctrl-D ends.\n> ")
+    terminal.type("The llamas eat\n")
+    terminal.wait_for(r"eat\n[^>]{12}")
+    terminal.type("\x03\x03\x03")
+    terminal.wait_for("Stopped.\n")
+    terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.end() == 0
 

@@ -4,24 +4,29 @@ Most tests call `main` in this process; those about exit codes of a real program
 Llama 2 with random weights and a tokenizer trained here; the last section uses the embedded pocket model.
 """
 
+import gzip
 import io
+import json
 import os
 import pickle
 import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from small_llamas import shown, write_llama2, write_llama3
+from small_llamas import kernels_first, shown, write_llama2, write_llama3
 
 import llamabook
 from llamabook.checkpoint import load_model
 from llamabook.cli import main
 from llamabook.cli.run import Page
-from llamabook.generate import generate, text_to_token_ids, token_ids_to_text
+from llamabook.fast import kernels
+from llamabook.generate import generate, token_ids_to_text
+from llamabook.sampling import next_token_probs
 from llamabook.tokenizer import ChatFormat, Llama2ChatFormat, load_tokenizer
 
 PACKAGE = Path(llamabook.__file__).resolve().parent.parent
@@ -79,32 +84,81 @@ def one_line(code: int, out: str, err: str, *words: str) -> None:
 # What it writes
 
 
-def test_the_streamed_text_is_the_decoded_generation(cli, folder):
+@torch.no_grad()
+def drawn(folder: Path, prompt: str, n: int, seed: int, min_p: float = 0.0, **options) -> list[int]:
+    """The ids of a text by another road: the model of chapter 1 without a cache, and a running sum done by hand."""
     tokenizer, model = load_tokenizer(folder), load_model(folder)
+    ids, dice = tokenizer.encode(prompt, bos=True), torch.Generator().manual_seed(seed)
+    for _ in range(min(n, CONTEXT - len(ids))):
+        probs = next_token_probs(model(torch.tensor([ids]))[:, -1], **options)[0].double()
+        probs[probs < min_p * probs.max()] = 0
+        luck, token = float(torch.rand(1, generator=dice, dtype=torch.float64) * probs.sum()), 0
+        while (luck := luck - float(probs[token])) >= 0:
+            token += 1
+        ids.append(token)
+        if token in tokenizer.stop_tokens:
+            break
+    return ids
+
+
+def test_the_streamed_text_is_the_decoded_generation(cli, folder):
+    tokenizer = load_tokenizer(folder)
+    flags = ["--max_new_tokens", 30, "--temperature", 1.3, "--top_k", 50, "--top_p", 0.95, "--seed", 3]
     for prompt in ("The old llama", "", "Ünïcödé 🦙 "):
-        ids = generate(
-            model,
-            text_to_token_ids(prompt, tokenizer),
-            max_new_tokens=30,
-            context_size=CONTEXT,
-            temperature=1.3,
-            top_k=50,
-            top_p=0.95,
-            eos_id=tokenizer.stop_tokens,
-            generator=torch.Generator().manual_seed(3),
-        )
-        code, out, _ = cli(
-            "--prompt", prompt, "--max_new_tokens", 30, "--temperature", 1.3, "--top_k", 50, "--top_p", 0.95, "--seed", 3
-        )
+        ids = drawn(folder, prompt, 30, 3, temperature=1.3, top_k=50, top_p=0.95)
+        code, out, _ = cli("--prompt", prompt, *flags)
         assert code == 0
         assert out == token_ids_to_text(ids, tokenizer) + "\n"
+
+
+def test_greedy_text_is_that_of_the_first_chapter(cli, folder):
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    ids = torch.tensor([tokenizer.encode("The old llama", bos=True)])
+    text = token_ids_to_text(generate(model, ids, 40, CONTEXT, eos_id=tokenizer.stop_tokens), tokenizer)
+    assert cli("--prompt", "The old llama", "--max_new_tokens", 40, "--temperature", 0)[:2] == (0, text + "\n")
+
+
+SPEED = r"\d+ tokens? in \d+\.\d\d s, \d+\.\d tokens/s"
+LATER = r" \(prompt \d+\.\d\d s, then \d+\.\d tokens/s\)\nBandwidth achieved: \d+\.\d GB/s\n"
+MEMORY = r"(Memory used: \d+\.\d\d GB\n)?"  # not on Windows
 
 
 def test_text_goes_to_stdout_and_speed_to_stderr(cli):
     code, out, err = cli("--prompt", "The old llama", "--max_new_tokens", 12, "--device", "cpu")
     assert code == 0
     assert out.startswith("The old llama") and out.endswith("\n")
-    assert re.fullmatch(r"\d+ tokens? in \d+\.\d\d s, \d+\.\d tokens/s\n", err)
+    assert re.fullmatch(SPEED + LATER + MEMORY, err)
+    err = cli("--max_new_tokens", 1)[2]
+    assert err.startswith("1 token in ") and re.fullmatch(f"{SPEED}\n{MEMORY}", err)
+
+
+def test_what_is_said_about_speed_adds_up(capsys):
+    """Seconds, tokens, and the bytes of weights and caches that the steps after the first need."""
+    from llamabook.cli.generate import report
+    from llamabook.cli.speak import Speaker, Spoken
+
+    speaker = Speaker(device="cpu")
+    weights = sum(weight.nbytes for weight in speaker.model.parameters())  # the head is the embedding
+    cfg = speaker.model.cfg
+    slot = 2 * cfg["n_layers"] * cfg["n_kv_groups"] * cfg["head_dim"] * 4
+    spoken = Spoken(rows=[[1] * 11, [1] * 5], seconds=0.25, first=0.2499, ended=True, cut=False)
+    report(speaker, [1] * 20, spoken)
+    moved = 10 * weights + 2 * slot * sum(20 + step + 1 for step in range(1, 11))  # a step also writes one slot a row
+    said = "16 tokens in 0.25 s, 64.0 tokens/s (prompt 0.25 s, then 140000.0 tokens/s)"
+    assert capsys.readouterr().err == f"{said}\nBandwidth achieved: {moved / 1e-4 / 1e9:.1f} GB/s\n"
+
+
+def test_the_prompt_is_timed_apart(folder, monkeypatch):
+    from llamabook.cli.speak import Sampling, Speaker
+
+    def slow(*args, **kwargs):
+        for token in (5, 6, 7):
+            yield 0, token
+            time.sleep(0.1)
+
+    monkeypatch.setattr("llamabook.fast.stream", slow)
+    spoken = Speaker(folder, "cpu").speak([1], Sampling(), [str])
+    assert spoken.first < 0.1 < 0.3 <= spoken.seconds
 
 
 def test_no_new_tokens_gives_the_prompt_back(cli):
@@ -126,7 +180,51 @@ def test_the_same_seed_gives_the_same_texts_and_samples_differ(cli):
     texts = first[1].split("\n\n")
     assert len(set(texts)) == 3
     assert cli(*flags[:4], "--seed", 1)[1].strip("\n") == texts[0], "the first sample is that of --num_samples 1"
-    assert [line.split(":")[0] for line in first[2].splitlines()] == ["Sample 1", "Sample 2", "Sample 3", "Average"]
+    heads = [line.split(":")[0] for line in first[2].splitlines()]
+    bandwidth, memory = "Bandwidth achieved", [] if sys.platform == "win32" else ["Memory used"]
+    assert heads == ["Sample 1", bandwidth, "Sample 2", bandwidth, "Sample 3", bandwidth, "Average", *memory]
+
+
+def test_text_r_has_the_seed_plus_r_whatever_is_decoded_beside_it(cli, folder):
+    tokenizer = load_tokenizer(folder)
+    texts = [token_ids_to_text(drawn(folder, "Hay", 25, 5 + row, temperature=1.0), tokenizer) for row in range(5)]
+    assert len(set(map(len, texts))) > 1
+    flags = ["--prompt", "Hay", "--max_new_tokens", 25, "--temperature", 1, "--seed", 5]
+    for batch_size in (1, 2, 3, 5, 7):
+        code, out, err = cli(*flags, "--num_samples", 5, "--batch_size", batch_size)
+        assert (code, out) == (0, "\n".join(f"{text}\n" for text in texts))
+        labels = [line.split(":")[0] for line in err.splitlines() if line.startswith("Sample")]
+        starts = range(1, 6, batch_size)
+        ends = [min(start + batch_size - 1, 5) for start in starts]
+        assert labels == [f"Samples {i} to {j}" if i < j else f"Sample {i}" for i, j in zip(starts, ends)]
+    assert cli(*flags, "--batch_size", 5)[1] == out, "a batch is what there is without --num_samples"
+
+
+def test_the_first_of_a_batch_is_shown_while_the_others_are_drawn(folder, monkeypatch):
+    from llamabook.cli import generate as page
+    from llamabook.cli.speak import Sampling, Speaker
+
+    shown = []
+    monkeypatch.setattr(page, "show", shown.append)
+    speaker = Speaker(folder, "cpu")
+    page.write_batch(speaker, speaker.encode("Hay", 20), Sampling(20, seed=5), 3, 0)
+    assert len(shown) > 10 and "".join(shown[:-1]).startswith("Hay") and shown[-1].count("\n\nHay") == 2
+
+
+def test_min_p_and_stop_strings(cli, folder):
+    tokenizer = load_tokenizer(folder)
+    flags = ["--max_new_tokens", 40, "--temperature", 1, "--seed", 8]
+    ids = drawn(folder, "One sunny morning,", 40, 8, min_p=0.2, temperature=1.0)
+    assert cli(*flags, "--min_p", 0.2)[1] == token_ids_to_text(ids, tokenizer) + "\n" != cli(*flags)[1]
+    text = cli(*flags)[1]
+    new = text[len("One sunny morning,") :]
+    late, early = new[20:23], new[8:10]
+    code, out, err = cli(*flags, "--stop", late, "--stop", early, "--stop", "never said")
+    assert code == 0 and text.startswith(out.removesuffix("\n"))
+    assert early in out[len("One sunny morning,") :] and late not in out and "context" not in err
+    assert cli(*flags, "--stop", "sunny")[1] == text, "it is looked for in what is new"
+    ends = cli(*flags[2:], "--max_new_tokens", 1000, "--stop", early)[2]
+    assert "context" not in ends, "a text that was stopped was not cut by the context"
 
 
 def test_temperature_zero_needs_no_luck(cli):
@@ -139,8 +237,8 @@ def test_a_text_stops_at_the_end_of_sequence_token(cli, monkeypatch, folder):
     tokenizer = load_tokenizer(folder)
     hay = tokenizer.encode(" hay")
     monkeypatch.setattr(
-        "llamabook.generate.stream",
-        lambda *args, **kwargs: iter(torch.tensor(token) for token in [*hay, tokenizer.eos_id]),
+        "llamabook.fast.stream",
+        lambda *args, **kwargs: iter((0, token) for token in [*hay, tokenizer.eos_id]),
     )
     code, out, err = cli("--prompt", "The llamas eat")
     assert (code, out) == (0, token_ids_to_text(tokenizer.encode("The llamas eat") + hay, tokenizer) + "\n")
@@ -150,7 +248,7 @@ def test_a_text_stops_at_the_end_of_sequence_token(cli, monkeypatch, folder):
 def test_a_text_stops_where_the_context_ends_and_says_so(cli, folder):
     code, out, err = cli("--max_new_tokens", 1000, "--temperature", 0)
     assert code == 0
-    assert err.splitlines()[1:] == [f"Stopped at the context length of {CONTEXT} tokens."]
+    assert err.splitlines()[2] == f"Stopped at the context length of {CONTEXT} tokens."
     prompt = len(load_tokenizer(folder).encode("One sunny morning,", bos=True))
     assert f"{CONTEXT - prompt} tokens in" in err
 
@@ -182,7 +280,7 @@ def test_a_llama_3_speaks_with_its_own_tokenizer_and_format(flag, cli, llama3):
 
 def test_dtype_is_the_type_of_the_weights(cli, monkeypatch):
     seen = []
-    monkeypatch.setattr("llamabook.checkpoint.load_model", lambda *args, dtype, **more: seen.append(dtype) or 1 / 0)
+    monkeypatch.setattr("llamabook.fast.load", lambda *args, dtype, **more: seen.append(dtype) or 1 / 0)
     for flags in ([], ["--dtype", "bfloat16"], ["--dtype=float16"]):
         with pytest.raises(ZeroDivisionError):
             cli(*flags)
@@ -203,6 +301,137 @@ def test_the_weight_file_is_as_good_as_its_folder(cli, folder):
     expected = cli("--max_new_tokens", 5, "--temperature", 0)[1]
     file = folder / "consolidated.00.pth"
     assert cli("--checkpoint_path", str(file), "--max_new_tokens", 5, "--temperature", 0)[1] == expected
+
+
+# Prompts typed one after the other
+
+
+def typed(monkeypatch, *lines: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("".join(line + "\n" for line in lines).encode())))
+
+
+def test_interactive_continues_each_line(cli, folder, monkeypatch):
+    """Only what is new is shown; prompt n draws with the seed + n."""
+    tokenizer = load_tokenizer(folder)
+    flags = ["--interactive", "--max_new_tokens", 12, "--temperature", 1, "--seed", 4]
+    typed(monkeypatch, "Hay", "", "The fårmer ", "Hay")
+    code, out, err = cli(*flags)
+    expected = []
+    for number, prompt in enumerate(("Hay", "The fårmer ", "Hay")):
+        ids = drawn(folder, prompt, 12, 4 + number, temperature=1.0)
+        expected.append(tokenizer.decode(ids[len(tokenizer.encode(prompt, bos=True)) :]) + "\n")
+    assert (code, out) == (0, "".join(expected)) and expected[0] != expected[2]
+    assert re.fullmatch(f"({SPEED}{LATER}){{3}}{MEMORY}", err)
+
+
+def test_interactive_chat_answers_each_line_for_itself(cli, folder, monkeypatch):
+    flags = ["--chat", "--max_new_tokens", 8, "--temperature", 0]
+    alone = [cli(*flags, "--prompt", prompt)[1] for prompt in ("Hay?", "Why?")]
+    typed(monkeypatch, "Hay?", "Why?")
+    assert cli("--interactive", *flags)[:2] == (0, "".join(alone))
+
+
+def test_interactive_mistakes_from_a_pipe(cli, monkeypatch):
+    for line in ("llama " * CONTEXT,):
+        typed(monkeypatch, line)
+        one_line(*cli("--interactive"), "the prompt has")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n")))
+    one_line(*cli("--interactive"), "UTF-8")
+
+
+# Compiled, and traced
+
+
+def counted(graphs: list):
+    """Stands in for the compiler behind torch.compile: runs graphs as they are, and collects them."""
+    return lambda graph, example_inputs: graphs.append(graph) or graph.forward
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_compile_is_handed_over_and_timed_apart(command, cli, monkeypatch):
+    graphs, texts = [], []
+    for flags in ([], ["--compile"], ["--compile_prefill"], ["--compile", "--compile-prefill"]):
+        torch._dynamo.reset()
+        graphs.append([])
+        words = ["--prompt", "Hay?", "--num_samples", 2] if command == "generate" else []
+        typed(monkeypatch, "Hay?", "Why?")
+        with torch.compiler.set_stance("default", force_backend=counted(graphs[-1])):
+            code, out, err = cli(*words, "--max_new_tokens", 12, "--seed", 3, *flags, command=command)
+        texts.append(out)
+        assert code == 0 and err.count("Compilation time: ") == bool(flags)
+    torch._dynamo.reset()
+    assert len(set(texts)) == 1
+    none, one, other, both = map(len, graphs)
+    assert none == 0 < min(one, other) and both > max(one, other)
+
+
+def test_nothing_is_compiled_after_the_warm_up(folder, capsys):
+    from llamabook.cli.speak import Sampling, Speaker
+
+    torch._dynamo.reset()
+    graphs, sampling = [], Sampling(30, temperature=1.0)
+    speaker = Speaker(folder, "cpu", compile=True, compile_prefill=True)
+    ids = speaker.encode("The old llama", 30)
+    with torch.compiler.set_stance("default", force_backend=counted(graphs)):
+        for rows in (1, 3):
+            speaker.warm_up(ids, sampling, rows)
+            before = len(graphs)
+            speaker.speak(ids, sampling, [str] * rows, number=1)
+            assert len(graphs) == before > 0
+            speaker.warm_up(ids, sampling, rows)
+    torch._dynamo.reset()
+    assert capsys.readouterr().err.count("Compilation time") == 2, "once for each number of rows"
+
+
+def test_without_a_compiler_one_line_and_on(cli):
+    def no_compiler(graph, example_inputs):
+        raise RuntimeError("No working C++ compiler found\nin many places")
+
+    torch._dynamo.reset()
+    flags = ["--max_new_tokens", 12, "--num_samples", 2]
+    with torch.compiler.set_stance("default", force_backend=no_compiler):
+        code, out, err = cli(*flags, "--compile", "--compile_prefill")
+    torch._dynamo.reset()
+    assert (code, out) == cli(*flags)[:2]
+    assert err.count("torch.compile does not work here") == 1 and "Compilation time" not in err
+
+
+def test_really_compiled(capsys):
+    flags = ["--temperature", "0", "--max_new_tokens", "20"]
+    assert main(["generate", *flags]) == 0
+    plain = capsys.readouterr().out
+    assert main(["generate", *flags, "--compile"]) == 0
+    out, err = capsys.readouterr()
+    assert out == plain and ("Compilation time: " in err or "does not work here" in err)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name, file", [("trace", "trace.json"), ("a.json", "a.json"), ("b.json.gz", "b.json.gz")])
+def test_profile_writes_a_trace_of_the_last_batch(name, file, cli, tmp_path):
+    flags = ["--max_new_tokens", 9, "--temperature", 0]
+    code, out, err = cli(*flags, "--num_samples", 3, "--profile", tmp_path / name)
+    assert (code, out) == cli(*flags, "--num_samples", 3)[:2]
+    assert [path.name for path in tmp_path.iterdir()] == [file] and err.count(f"The trace is in {tmp_path / file}:") == 1
+    content = (tmp_path / file).read_bytes()
+    events = json.loads(gzip.decompress(content) if file.endswith(".gz") else content)["traceEvents"]
+    names = [event.get("name") for event in events]
+    blocks, steps = 2, 9  # the prompt, and 8 tokens of one sample
+    assert names.count("aten::silu") == blocks * steps
+    if kernels.ready():
+        assert names.count("llamabook::decode_attention") == blocks * (steps - 1)
+
+
+def test_profile_that_cannot_be_written(cli, tmp_path, monkeypatch):
+    (tmp_path / "x.json").mkdir()
+    for path, words in (("no/x", "no folder"), ("x.json", "a folder"), ("x", "a folder"), (".", "a folder")):
+        one_line(*cli("--profile", tmp_path / path), "--profile", words)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llamabook.fast.stream", interrupt)
+    assert cli("--profile", tmp_path / "y")[0] == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
 def test_lines_are_broken_between_words(capsys):
@@ -267,6 +496,17 @@ def test_no_words_at_all_show_the_help(capsys):
         (["generate", "--max_new_tokens", "-1"], ["--max_new_tokens is -1"]),
         (["generate", "--max_new_tokens", "2.5"], ["--max_new_tokens"]),
         (["generate", "--num_samples", "0"], ["--num_samples is 0"]),
+        (["generate", "--batch_size", "0"], ["--batch_size is 0"]),
+        (["generate", "--batch_size", "2", "--num_samples", "-1"], ["--num_samples is -1"]),
+        (["generate", "--min_p", "1.5"], ["--min_p is 1.5"]),
+        (["generate", "--stop", "hay", "--stop="], ["--stop is empty"]),
+        (["generate", "--profile", "--seed=3"], ["--profile", "needs a value"]),
+        (["generate", "--profile="], ["--profile", "folder"]),
+        (["generate", "--interactive", "--prompt", "x"], ["--interactive and --prompt: give one"]),
+        (["generate", "--interactive", "--num-samples=2"], ["--interactive and --num_samples: give one"]),
+        (["generate", "--interactive", "--batch_size=2"], ["--interactive and --batch_size: give one"]),
+        (["generate", "--interactive", "--profile=x"], ["--interactive and --profile: give one"]),
+        (["generate", "--interactive", "--seed=-1"], ["--seed is -1"]),
         (["generate", "--seed", "-1"], ["--seed is -1"]),
         (["generate", "--seed", str(2**70)], ["--seed is"]),
         (["run", "--seed", "-1"], ["--seed is -1"]),
@@ -383,7 +623,7 @@ def test_the_program_speaks_from_any_folder(folder, tmp_path):
     done = program("generate", "--checkpoint-path", folder, "--max-new-tokens", 5, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("One sunny morning,")
-    assert re.fullmatch(r"\d tokens? in .* tokens/s\n", done.stderr)
+    assert re.fullmatch(SPEED + LATER + MEMORY, done.stderr)
     assert not any(tmp_path.iterdir())
 
 
@@ -406,7 +646,7 @@ def test_ctrl_c_ends_cleanly(cli, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("llamabook.generate.stream", interrupt)
+    monkeypatch.setattr("llamabook.fast.stream", interrupt)
     code, _, err = cli("--prompt", "The old llama")
     assert (code, err.strip()) == (130, "")
 
@@ -416,12 +656,12 @@ def test_too_little_memory_gets_one_line(error, cli, monkeypatch):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("llamabook.checkpoint.load_model", fail)
+    monkeypatch.setattr("llamabook.fast.load", fail)
     one_line(*cli(), "memory", "--device cpu")
 
 
 def test_a_bug_keeps_its_traceback(cli, monkeypatch):
-    monkeypatch.setattr("llamabook.checkpoint.load_model", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr("llamabook.fast.load", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli()
 
@@ -495,7 +735,7 @@ def test_run_tells_a_story_and_says_what_comes_next(capsys):
     assert "pocket-llama3.2" in head and "million parameters" in head
     assert story.startswith("One sunny morning,") and story.count(".") >= 4
     assert max(map(len, out.splitlines())) <= 100
-    assert re.match(r"pocket-llama3.2: \d+ tokens in \d+\.\d\d s, \d+\.\d tokens/s\nNext: ", numbers)
+    assert re.match(rf"pocket-llama3.2: {SPEED} \(prompt .*\)\nNext: ", numbers)
     assert main(["run"]) == 0
     assert capsys.readouterr().out.split("\n\n")[1] == story, "the shown sample does not change from run to run"
 

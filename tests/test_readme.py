@@ -54,6 +54,15 @@ def test_the_table_of_commands_is_complete():
     assert re.findall(r"^\| `(\w+)` \|", table, re.M) == commands()
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_table_names_all_flags(command):
+    import typer
+
+    row = re.search(rf"^\| `{command}` \|.*$", README, re.M)[0]
+    parameters = typer.main.get_command(app).commands[command].params
+    assert set(re.findall(r"--\w+", row)) == {f"--{parameter.name}" for parameter in parameters}
+
+
 def test_what_works_now_is_there():
     """Commands and imports in the rows that say *now*."""
     assert len(NOW) > 8

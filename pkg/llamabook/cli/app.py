@@ -69,6 +69,11 @@ def not_a_flag(ctx: typer.Context, param: typer.CallbackParam, value):
     return value
 
 
+def word(flag: str, metavar: str, help: str):
+    """An option that takes a word: a text, a name or a path, but none of the command's own flags."""
+    return typer.Option(flag, metavar=metavar, help=help, callback=not_a_flag)
+
+
 def show_version(wanted: bool) -> None:
     """Print the version and stop."""
     if wanted:
@@ -78,18 +83,13 @@ def show_version(wanted: bool) -> None:
 
 CheckpointPath = Annotated[
     Optional[Path],
-    typer.Option(
+    word(
         "--checkpoint_path",
-        metavar="PATH",
-        help="Folder with weights, parameters and tokenizer, or the weight file in it. "
-        "[default: an embedded model]",
-        callback=not_a_flag,
-        show_default=False,
+        "PATH",
+        "Folder with weights, parameters and tokenizer, or the weight file in it. [default: an embedded model]",
     ),
 ]
-Prompt = Annotated[
-    str, typer.Option("--prompt", metavar="TEXT", help="How the text begins; - reads it from stdin.", callback=not_a_flag)
-]
+Prompt = Annotated[str, word("--prompt", "TEXT", "How the text begins; - reads it from stdin.")]
 MaxNewTokens = Annotated[
     int, typer.Option("--max_new_tokens", metavar="N", help="Stop after N tokens, or earlier at the end of the text.")
 ]
@@ -103,31 +103,20 @@ TopP = Annotated[
     Optional[float],
     typer.Option("--top_p", metavar="P", help="Draw from the fewest tokens that have P of the probability together."),
 ]
-NumSamples = Annotated[int, typer.Option("--num_samples", metavar="N", help="How many texts to write.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="The same seed gives the same texts.")]
-Device = Annotated[
-    Optional[str],
-    typer.Option(
-        "--device",
-        metavar="NAME",
-        help="cpu, cuda, cuda:1 or mps. [default: the fastest there is]",
-        callback=not_a_flag,
-        show_default=False,
-    ),
+MinP = Annotated[
+    Optional[float],
+    typer.Option("--min_p", metavar="P", help="Draw from the tokens with at least P of the likeliest's probability."),
 ]
+Seed = Annotated[int, typer.Option("--seed", metavar="N", help="The same seed gives the same texts.")]
+Device = Annotated[Optional[str], word("--device", "NAME", "cpu, cuda, cuda:1 or mps. [default: the fastest there is]")]
 Dtype = Annotated[
     Optional[str],
-    typer.Option(
-        "--dtype",
-        metavar="NAME",
-        help="Type of the weights: float32, bfloat16 or float16. [default: the checkpoint's own]",
-        callback=not_a_flag,
-        show_default=False,
-    ),
+    word("--dtype", "NAME", "Type of the weights: float32, bfloat16 or float16. [default: the checkpoint's own]"),
 ]
-Chat = Annotated[
-    bool, typer.Option("--chat", help="The prompt is a message in the model's chat format; print the reply.")
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Decode through torch.compile, which first takes some seconds.")
 ]
+CompilePrefill = Annotated[bool, typer.Option("--compile_prefill", help="Compile the reading of the prompt, too.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 
 
@@ -152,36 +141,68 @@ def run(prompt: Prompt = "One sunny morning,", seed: Seed = 1234) -> Action:
 
 @app.command()
 def generate(
+    ctx: typer.Context,
     checkpoint_path: CheckpointPath = None,
     prompt: Prompt = "One sunny morning,",
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="Each line of stdin is a prompt, instead of --prompt.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message in the model's chat format; print the reply.")
+    ] = False,
     max_new_tokens: MaxNewTokens = 200,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
     top_p: TopP = None,
-    num_samples: NumSamples = 1,
+    min_p: MinP = None,
+    stop: Annotated[
+        Optional[list[str]],
+        typer.Option("--stop", metavar="TEXT", help="A text also ends when it has come to hold TEXT. Repeatable."),
+    ] = None,
     seed: Seed = 1234,
+    num_samples: Annotated[
+        Optional[int], typer.Option("--num_samples", metavar="N", help="How many texts to write. [default: a batch]")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", metavar="N", help="How many texts to decode together; they stay the same.")
+    ] = 1,
     device: Device = None,
     dtype: Dtype = None,
-    chat: Chat = False,
+    compile: Compile = False,
+    compile_prefill: CompilePrefill = False,
+    profile: Annotated[
+        Optional[Path],
+        word("--profile", "FILE", "Write a trace of the last batch, for Perfetto: FILE.json, or FILE if it is .json.gz."),
+    ] = None,
 ) -> Action:
     """Continue a prompt with a Llama.
 
     The text goes to stdout as it is drawn, the speed to stderr. It ends at the end-of-sequence token, after
-    max_new_tokens tokens, or where the model's context ends.
-    """
-    from llamabook.cli.generate import write
-    from llamabook.cli.speak import Sampling
+    max_new_tokens tokens, or where the model's context ends. Text n of a run draws with the seed SEED + n, from 0 on.
 
+    With --interactive prompts are typed, or come from a pipe, and only what follows them is shown; Ctrl-C stops a text.
+    It goes with neither --prompt, --num_samples, --batch_size nor --profile.
+    """
+    from llamabook.cli.generate import continue_lines, write
+    from llamabook.cli.speak import Sampling, Speaker
+
+    load = partial(
+        Speaker, checkpoint_path, device, chat=chat, dtype=dtype, compile=compile, compile_prefill=compile_prefill
+    )
+    sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, tuple(stop or ()), seed)
+    if interactive:
+        for flag in ("prompt", "num_samples", "batch_size", "profile"):
+            if ctx.get_parameter_source(flag).name == "COMMANDLINE":
+                raise InputError(f"--interactive and --{flag}: give one of them")
+        return partial(continue_lines, load=load, sampling=sampling)
     return partial(
         write,
-        checkpoint_path=checkpoint_path,
+        load=load,
         prompt=prompt,
-        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p),
-        num_samples=num_samples,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        chat=chat,
+        sampling=sampling,
+        num_samples=batch_size if num_samples is None else num_samples,
+        batch_size=batch_size,
+        profile=profile,
     )
 
 
@@ -189,18 +210,18 @@ def generate(
 def chat(
     checkpoint_path: CheckpointPath = None,
     system: Annotated[
-        Optional[str],
-        typer.Option(
-            "--system", metavar="TEXT", help="What the model is told before the first message.", callback=not_a_flag
-        ),
+        Optional[str], word("--system", "TEXT", "What the model is told before the first message.")
     ] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.6,
     top_k: TopK = None,
     top_p: TopP = 0.9,
+    min_p: MinP = None,
     seed: Seed = 1234,
     device: Device = None,
     dtype: Dtype = None,
+    compile: Compile = False,
+    compile_prefill: CompilePrefill = False,
 ) -> Action:
     """Talk with a Llama.
 
@@ -208,16 +229,15 @@ def chat(
     context is full, the oldest messages are forgotten.
     """
     from llamabook.cli.chat import talk
-    from llamabook.cli.speak import Sampling
+    from llamabook.cli.speak import Sampling, Speaker
 
     return partial(
         talk,
-        checkpoint_path=checkpoint_path,
+        load=partial(
+            Speaker, checkpoint_path, device, chat=True, dtype=dtype, compile=compile, compile_prefill=compile_prefill
+        ),
         system=system,
-        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p),
-        seed=seed,
-        device=device,
-        dtype=dtype,
+        sampling=Sampling(max_new_tokens, temperature, top_k, top_p, min_p, seed=seed),
     )
 
 
@@ -228,21 +248,12 @@ def download(
     ],
     output: Annotated[
         Optional[Path],
-        typer.Option(
-            "--output",
-            metavar="PATH",
-            help="Where it goes. [default: checkpoints/ORG/NAME, or a file of its own name here]",
-            callback=not_a_flag,
-            show_default=False,
-        ),
+        word("--output", "PATH", "Where it goes. [default: checkpoints/ORG/NAME, or a file of its own name here]"),
     ] = None,
     convert: Annotated[
         bool, typer.Option("--convert", help="Make a folder of safetensors of whatever format the repository has.")
     ] = False,
-    revision: Annotated[
-        Optional[str],
-        typer.Option("--revision", metavar="NAME", help="Branch, tag or commit of the repository.", callback=not_a_flag),
-    ] = None,
+    revision: Annotated[Optional[str], word("--revision", "NAME", "Branch, tag or commit of the repository.")] = None,
     include: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -251,10 +262,7 @@ def download(
             help="Take these files of the repository, instead of its best weights and what belongs to them. Repeatable.",
         ),
     ] = None,
-    sha256: Annotated[
-        Optional[str],
-        typer.Option("--sha256", metavar="HEX", help="What the file's bytes must hash to.", callback=not_a_flag),
-    ] = None,
+    sha256: Annotated[Optional[str], word("--sha256", "HEX", "What the file's bytes must hash to.")] = None,
     force: Force = False,
 ) -> Action:
     """Download a model or a file.
@@ -280,10 +288,7 @@ def download(
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Folder or file of weights, in any layout that loads.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
-    layout: Annotated[
-        str,
-        typer.Option("--layout", metavar="NAME", help="huggingface, meta or gptfast.", callback=not_a_flag),
-    ] = "huggingface",
+    layout: Annotated[str, word("--layout", "NAME", "huggingface, meta or gptfast.")] = "huggingface",
     dtype: Dtype = None,
     force: Force = False,
 ) -> Action:
@@ -305,24 +310,13 @@ def train(
             help="pocket-llama2, pocket-gpt, pocket-llama3.2, pocket-llama3.2-instruct or pocket-draft.",
         ),
     ],
-    output: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--output",
-            metavar="DIR",
-            help="Where to write. [default: runs/NAME]",
-            callback=not_a_flag,
-            show_default=False,
-        ),
-    ] = None,
+    output: Annotated[Optional[Path], word("--output", "DIR", "Where to write. [default: runs/NAME]")] = None,
     base: Annotated[
         Optional[Path],
-        typer.Option(
+        word(
             "--base",
-            metavar="DIR",
-            help="For pocket-llama3.2-instruct: the model to start from. [default: the embedded pocket-llama3.2]",
-            callback=not_a_flag,
-            show_default=False,
+            "DIR",
+            "For pocket-llama3.2-instruct: the model to start from. [default: the embedded pocket-llama3.2]",
         ),
     ] = None,
     steps: Annotated[
@@ -344,41 +338,27 @@ def train(
 def bench(
     checkpoint_path: Annotated[
         Optional[Path],
-        typer.Option(
-            "--checkpoint_path",
-            metavar="PATH",
-            help="Folder with weights, or the weight file in it. [default: --shape]",
-            callback=not_a_flag,
-            show_default=False,
-        ),
+        word("--checkpoint_path", "PATH", "Folder with weights, or the weight file in it. [default: --shape]"),
     ] = None,
     shape: Annotated[
         Optional[str],
-        typer.Option(
+        word(
             "--shape",
-            metavar="NAME",
-            help="Random weights of a model's shape: llama3.2-1b, llama3.2-3b, llama3-8b, llama3.1-8b, llama2-7b or an "
+            "NAME",
+            "Random weights of a model's shape: llama3.2-1b, llama3.2-3b, llama3-8b, llama3.1-8b, llama2-7b or an "
             "embedded model's. [default: an embedded model's]",
-            callback=not_a_flag,
-            show_default=False,
         ),
     ] = None,
     modes: Annotated[
         str,
-        typer.Option(
+        word(
             "--modes",
-            metavar="LIST",
-            help="What to compare, with commas between: regular, fast, kv_cache and static, each also with _compiled.",
-            callback=not_a_flag,
+            "LIST",
+            "What to compare, with commas between: regular, fast, kv_cache and static, each also with _compiled.",
         ),
     ] = "regular,regular_compiled,kv_cache,kv_cache_compiled,static,static_compiled",
     device: Device = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype", metavar="NAME", help="Type of the weights: float32, bfloat16 or float16.", callback=not_a_flag
-        ),
-    ] = "bfloat16",
+    dtype: Annotated[str, word("--dtype", "NAME", "Type of the weights: float32, bfloat16 or float16.")] = "bfloat16",
     batch_size: Annotated[int, typer.Option("--batch_size", metavar="N", help="How many texts at once.")] = 1,
     prompt_tokens: Annotated[int, typer.Option("--prompt_tokens", metavar="N", help="How long the prompt is.")] = 32,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", metavar="N", help="How many tokens follow.")] = 48,
@@ -399,14 +379,7 @@ def bench(
         ),
     ] = None,
     output: Annotated[
-        Optional[Path],
-        typer.Option(
-            "--output",
-            metavar="FILE",
-            help="Write the rows as JSON, and a figure beside it as PNG.",
-            callback=not_a_flag,
-            show_default=False,
-        ),
+        Optional[Path], word("--output", "FILE", "Write the rows as JSON, and a figure beside it as PNG.")
     ] = None,
 ) -> Action:
     """Measure how fast a Llama decodes here, and how fast the memory lets it.

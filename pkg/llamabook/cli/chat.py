@@ -3,14 +3,9 @@
 Answers go to stdout as they are drawn, all else to stderr. What was said is kept as long as it fits in the context.
 """
 
-import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 
-from llamabook.cli.generate import check_seed, show
+from llamabook.cli.console import converse, show, stoppable, tell
 from llamabook.cli.speak import Sampling, Speaker
 from llamabook.errors import ContextError, InputError, LlamaBookError, TokenizerError
 
@@ -21,96 +16,17 @@ HELP = """/reset         forget what was said
 Ctrl-C stops an answer. Any other line is a message."""
 
 
-def talk(
-    *,
-    checkpoint_path: Path | None,
-    system: str | None,
-    sampling: Sampling,
-    seed: int,
-    device: str | None,
-    dtype: str | None,
-) -> None:
+def talk(*, load: Callable[[], Speaker], system: str | None, sampling: Sampling) -> None:
     """Answer each line of stdin until it ends. From a pipe, a mistake ends the program; in a terminal it is told."""
     sampling.check()
     if sampling.max_new_tokens < 1:
         raise InputError("--max_new_tokens is 0: an answer needs 1 or more")
-    check_seed(seed)
-
-    import torch
-
-    speaker = Speaker(checkpoint_path, device, chat=True, dtype=dtype)
-    talker = Talker(speaker, sampling, torch.Generator(speaker.device).manual_seed(seed))
+    speaker = load()
+    talker = Talker(speaker, sampling)
     if system is not None:
         talker.memory.set_system(system)
-    interactive = sys.stdin.isatty()
-    if interactive:
-        enable_editing()
-        tell(f"{speaker.name} on {speaker.device}, {speaker.context_length} tokens of context. /help lists the commands.")
-    while True:
-        try:
-            line = read_line(interactive)
-            if line is None or not talker.take(line.strip()):
-                return
-        except KeyboardInterrupt:
-            if not interactive:
-                raise
-            tell("\nCtrl-D or /quit ends.")
-        except LlamaBookError as error:
-            if not interactive:
-                raise
-            tell(f"llamabook chat: {error}")
-
-
-def tell(text: str) -> None:
-    """Say something about the conversation."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def enable_editing() -> None:
-    """Arrow keys and history in the terminal, where Python can do it."""
-    try:
-        import readline  # noqa: F401
-    except ImportError:
-        pass
-
-
-def read_line(interactive: bool) -> str | None:
-    """The next line, None at the end. Raises InputError if it is no text."""
-    try:
-        if not interactive:
-            line = getattr(sys.stdin, "buffer", sys.stdin).readline()
-            return (line.decode() if isinstance(line, bytes) else line) or None
-        if sys.stdout.isatty():
-            line = input("> ")
-        else:  # the answers go elsewhere: keep the sign out of them
-            print("> ", end="", file=sys.stderr, flush=True)
-            line = input()
-        line.encode()
-        return line
-    except EOFError:
-        tell("")
-        return None
-    except UnicodeError:
-        raise InputError("the message is not valid UTF-8: type or save it as UTF-8") from None
-
-
-@contextmanager
-def stoppable() -> Iterator[None]:
-    """Within this block the first Ctrl-C raises KeyboardInterrupt and further ones do nothing."""
-    before = signal.getsignal(signal.SIGINT)
-    if before in (None, signal.SIG_IGN) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    speaker.warm_up(talker.memory.encode("?", []), sampling)
+    converse(talker.take, f"{speaker}. /help lists the commands.", end="Ctrl-D or /quit ends.")
 
 
 class Memory:
@@ -175,18 +91,18 @@ class Memory:
 class Talker:
     """Takes one line after the other: a command, or a message that gets an answer."""
 
-    def __init__(self, speaker: Speaker, sampling: Sampling, generator):
-        self.speaker, self.sampling, self.generator = speaker, sampling, generator
+    def __init__(self, speaker: Speaker, sampling: Sampling):
+        self.speaker, self.sampling, self.answers = speaker, sampling, 0
         room = min(sampling.max_new_tokens, speaker.context_length // 4)
         self.memory = Memory(speaker.chat, speaker.context_length, room)
 
     def take(self, line: str) -> bool:
         """Do what `line` asks for; False if it asks for the end. Raises LlamaBookError where it can't be done."""
-        word, _, rest = line.partition(" ")
+        word, _, rest = line.strip().partition(" ")
         if not word:
             return True
         if not (word[0] == "/" and word[1:].isalpha()):
-            self.answer(line)
+            self.answer(line.strip())
             return True
         match word:
             case "/quit" | "/exit":
@@ -215,14 +131,15 @@ class Talker:
             pieces.append(text)
             show(text)
 
-        note = None
+        note, number = None, self.answers
+        self.answers += 1
         try:
             with stoppable():
-                spoken = self.speaker.speak(ids, self.sampling, self.generator, write)
+                spoken = self.speaker.speak(ids, self.sampling, [write], number)
             if spoken.cut:
                 note = "The context is full: the answer ends here."
             elif not spoken.ended:
-                note = f"The answer ends after {len(spoken.ids)} tokens; --max_new_tokens allows more."
+                note = f"The answer ends after {spoken.tokens} tokens; --max_new_tokens allows more."
         except KeyboardInterrupt:
             note = "Stopped."
         show("\n")

@@ -1,27 +1,23 @@
 """`llamabook run`, written by hand: an embedded Llama tells a story, and the last line says what to do next."""
 
 import shutil
-import sys
 
-from llamabook.cli.generate import check_seed, show
+from llamabook.cli.console import show
 from llamabook.cli.speak import Sampling, Speaker, read_prompt
 
 
 def tell(*, prompt: str, seed: int) -> None:
     """Stream one story on the CPU, then say how fast it was and where to go from here."""
-    check_seed(seed)
+    sampling = Sampling(max_new_tokens=10_000, seed=seed)  # more than the context holds
+    sampling.check()
     prompt = read_prompt(prompt)
-
-    import torch
-
     speaker = Speaker(device="cpu")
-    sampling = Sampling(max_new_tokens=speaker.context_length)
     ids = speaker.encode(prompt, sampling.max_new_tokens)
     millions = sum(p.numel() for p in speaker.model.parameters()) / 1e6
     kind = "Llama " + speaker.name.removeprefix("pocket-llama")
     print(f"This is {speaker.name}: a {kind} with {millions:.1f} million parameters, built and trained in this book.\n")
     page = Page()
-    spoken = speaker.speak(ids, sampling, torch.Generator().manual_seed(seed), page.push)
+    spoken = speaker.speak(ids, sampling, [page.push], echo=True)
     page.flush()
     print(f"\n\n{speaker.name}: {spoken}")
     print("Next: open chapter 1 with 'make lab', or begin a story of your own:")

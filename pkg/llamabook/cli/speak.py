@@ -3,15 +3,18 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from llamabook.errors import CheckpointError, ContextError, InputError
+from llamabook.cli.console import tell
+from llamabook.errors import ContextError, InputError
 
 TELLERS = ("pocket-llama3.2", "pocket-llama2")  # of the embedded models the first that is there tells stories,
 TALKERS = ("pocket-llama3.2-instruct", "pocket-llama2")  # and answers messages
 DTYPES = ("float32", "bfloat16", "float16")
+FIRST_TOKENS = 4  # of a row, until nothing new has to be compiled: the prompt's, and a GPU compiles, records, replays
 
 
 def embedded(chat: bool = False) -> str:
@@ -29,6 +32,9 @@ class Sampling:
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int = 1234
 
     def check(self) -> None:
         """Raise InputError for a value outside its range, before anything is loaded."""
@@ -40,28 +46,48 @@ class Sampling:
             raise InputError(f"--top_k is {self.top_k}: give 1 or more, or leave it out to draw from all tokens")
         if self.top_p is not None and not 0 <= self.top_p <= 1:
             raise InputError(f"--top_p is {self.top_p}: give a probability from 0 to 1")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise InputError(f"--min_p is {self.min_p}: give a share of the largest probability, from 0 to 1")
+        if "" in self.stop:
+            raise InputError("--stop is empty, which would end every text: leave it out")
+        if not 0 <= self.seed < 2**62:  # the second text draws with seed + 1, and so on
+            raise InputError(f"--seed is {self.seed}: give a whole number from 0 to {2**62 - 1}")
 
 
 @dataclass(frozen=True)
 class Spoken:
-    """What became of one text: the drawn token ids, the seconds they took, and why it ended.
+    """What became of one text or of several drawn side by side.
 
-    `ended`: by a stop token; `cut`: by the context, before `max_new_tokens`.
+    rows: the drawn ids of each; seconds: what they took, and `first` of it until their first tokens; ended: each by a
+    stop; cut: by the context, before `max_new_tokens`.
     """
 
-    ids: list[int]
+    rows: list[list[int]]
     seconds: float
+    first: float
     ended: bool
     cut: bool
 
     @property
-    def speed(self) -> float:
-        """Tokens per second, the reading of the prompt included."""
-        return len(self.ids) / max(self.seconds, 1e-9)
+    def tokens(self) -> int:
+        return sum(map(len, self.rows))
+
+    @property
+    def steps(self) -> int:
+        """How often the model was asked for one more token a row, the reading of the prompt apart."""
+        return max(map(len, self.rows)) - 1
+
+    @property
+    def steps_per_second(self) -> float:
+        return self.steps / max(self.seconds - self.first, 1e-9)
 
     def __str__(self) -> str:
-        tokens = "1 token" if len(self.ids) == 1 else f"{len(self.ids)} tokens"
-        return f"{tokens} in {self.seconds:.2f} s, {self.speed:.1f} tokens/s"
+        tokens = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
+        text = f"{tokens} in {self.seconds:.2f} s, {self.tokens / max(self.seconds, 1e-9):.1f} tokens/s"
+        if self.steps < 1:
+            return text
+        later = (self.tokens - len(self.rows)) / max(self.seconds - self.first, 1e-9)
+        return f"{text} (prompt {self.first:.2f} s, then {later:.1f} tokens/s)"
 
 
 class Speaker:
@@ -69,7 +95,8 @@ class Speaker:
 
     Args: checkpoint_path, a folder or the weight file in it, None for an embedded model; device, a name, None for
     the fastest there is; chat, whether prompts are messages in the model's chat format; dtype, the name of the
-    weights' type, None for the checkpoint's own (an embedded model's: float32).
+    weights' type, None for the checkpoint's own (an embedded model's: float32); compile and compile_prefill, as of
+    `fast.generate`.
     """
 
     def __init__(
@@ -78,12 +105,14 @@ class Speaker:
         device: str | None = None,
         chat: bool = False,
         dtype: str | None = None,
+        compile: bool = False,
+        compile_prefill: bool = False,
     ):
         import torch
 
-        from llamabook import pocket
-        from llamabook.checkpoint import load_config, load_model
-        from llamabook.tokenizer import chat_format, load_tokenizer, tokenizer_folder
+        from llamabook import fast, pocket
+        from llamabook.fast import kernels
+        from llamabook.tokenizer import chat_format
 
         self.device = torch.device(pick_device(device))
         dtype = pick_dtype(dtype)
@@ -91,17 +120,17 @@ class Speaker:
         if path is None:
             path = pocket.path(embedded(chat))
             dtype = dtype or torch.float32  # small, and the same text on more machines
-        config = load_config(path)
-        self.model = load_model(path, config=config, device=self.device, dtype=dtype)
-        self.tokenizer = load_tokenizer(tokenizer_folder(path))
-        if self.tokenizer.vocab_size > config["vocab_size"]:
-            raise CheckpointError(
-                f"{path}: the tokenizer has {self.tokenizer.vocab_size} tokens and the model {config['vocab_size']}, "
-                "so they do not belong together: put the model's own tokenizer beside it"
-            )
+        self.model, self.tokenizer = fast.load(path, dtype=dtype, device=self.device)
+        if self.device.type == "cpu":
+            kernels.ready()  # built before anything is timed
         self.name = (path if path.is_dir() else path.parent).resolve().name
-        self.context_length = config["context_length"]
+        self.context_length = self.model.cfg["context_length"]
         self.chat = chat_format(self.tokenizer) if chat else None
+        self.compiling = {"compile": compile, "compile_prefill": compile_prefill}
+        self.warm: set[int] = set()
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.device}, {self.context_length} tokens of context"
 
     def encode(self, prompt: str, max_new_tokens: int) -> list[int]:
         """The prompt's ids, BOS included. Raises ContextError if they leave no room for a token."""
@@ -113,40 +142,85 @@ class Speaker:
             )
         return ids
 
-    def speak(self, ids: list[int], sampling: Sampling, generator, write: Callable[[str], None]) -> Spoken:
-        """Continue `ids`, give the text to `write` piece by piece, and return what was drawn.
+    def speak(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        writers: list[Callable[[str], object]],
+        number: int = 0,
+        echo: bool = False,
+    ) -> Spoken:
+        """Continue `ids` once for each of `writers`, side by side; each is given its text piece by piece.
 
-        The prompt is written first, except in a chat. The text stops at a stop token or at the end of the context.
+        Text r draws with the seed sampling.seed + number + r, so it does not matter what is drawn beside it. It ends at
+        a stop token, with the token that completes a stop string, or at the end of the context. With `echo` the prompt
+        is its beginning.
         """
-        import torch
+        from llamabook.fast.decode import Stops
 
-        from llamabook.generate import stream
-
-        streamer = self.tokenizer.streamer()
-        if not self.chat:
-            for token in ids:
+        streamers = [self.tokenizer.streamer() for _ in writers]
+        for streamer, write in zip(streamers, writers):
+            for token in ids if echo else ():
                 write(streamer.push(token))
-        room = min(sampling.max_new_tokens, self.context_length - len(ids))
-        drawn: list[int] = []
+        stops = Stops(self.stop(sampling), [ids] * len(writers), self.tokenizer)
+        rows: list[list[int]] = [[] for _ in writers]
+        ended, first, start = set(), 0.0, time.perf_counter()
+        for row, token in self.stream(ids, sampling, len(writers), number):
+            first = first or time.perf_counter() - start
+            rows[row].append(token)
+            if token not in self.tokenizer.stop_tokens:
+                writers[row](streamers[row].push(token))
+            if stops.ended(row, token):
+                ended.add(row)
+        seconds = time.perf_counter() - start
+        for streamer, write in zip(streamers, writers):
+            write(streamer.flush())
+        all_ended = len(ended) == len(rows)
+        cut = self.room(ids, sampling) < sampling.max_new_tokens and not all_ended
+        return Spoken(rows, seconds, first, all_ended, cut)
+
+    def warm_up(self, ids: list[int], sampling: Sampling, rows: int = 1) -> None:
+        """Have all compiled that `speak` needs for so many rows, and say how long that took."""
+        if rows in self.warm or not any(self.compiling.values()):
+            return
+        self.warm.add(rows)
         start = time.perf_counter()
-        for token in stream(
+        for _ in islice(self.stream(ids, sampling, rows), FIRST_TOKENS * rows):
+            pass
+        if self.model.compiled_as != "refused":
+            tell(f"Compilation time: {time.perf_counter() - start:.2f} s")
+
+    def stream(self, ids: list[int], sampling: Sampling, rows: int, number: int = 0) -> Iterator[tuple[int, int]]:
+        """(row, token) as each is drawn, of `rows` texts that continue `ids`."""
+        from llamabook import fast
+
+        return fast.stream(
             self.model,
-            torch.tensor([ids], device=self.device),  # (1, T)
-            max_new_tokens=room,
-            context_size=self.context_length,
+            [ids] * rows,
+            self.room(ids, sampling),
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
-            eos_id=self.tokenizer.stop_tokens,
-            generator=generator,
-        ):
-            drawn.append(int(token))
-            if drawn[-1] not in self.tokenizer.stop_tokens:
-                write(streamer.push(drawn[-1]))
-        seconds = time.perf_counter() - start
-        write(streamer.flush())
-        ended = bool(drawn) and drawn[-1] in self.tokenizer.stop_tokens
-        return Spoken(drawn, seconds, ended, cut=room < sampling.max_new_tokens and not ended)
+            min_p=sampling.min_p,
+            stop=self.stop(sampling),
+            seed=sampling.seed + number,
+            **self.compiling,
+        )
+
+    def stop(self, sampling: Sampling) -> list[int | str]:
+        """All that ends a text: the model's stop tokens, and strings."""
+        return [*self.tokenizer.stop_tokens, *sampling.stop]
+
+    def room(self, ids: list[int], sampling: Sampling) -> int:
+        """How many tokens may follow `ids`."""
+        return min(sampling.max_new_tokens, self.context_length - len(ids))
+
+    def step_bytes(self, prompt_tokens: int, spoken: Spoken) -> float:
+        """What a step after the first token read and wrote at least: the weights, and the rows' caches so far."""
+        from llamabook.bench.job import Job, bytes_per_step
+
+        job = Job(None, None, str(self.device), "", len(spoken.rows), prompt_tokens, spoken.steps + 1)
+        return bytes_per_step("static", job, self.model.cfg)
 
 
 def pick_device(name: str | None) -> str:
