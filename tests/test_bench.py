@@ -3,9 +3,13 @@
 import json
 import math
 import os
+import runpy
 import statistics
 import sys
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -145,10 +149,11 @@ def test_all_modes_have_the_same_weights(tiny):
     assert set(sizes.values()) == {weight_bytes(TINY)}, "tied, and nothing twice"
 
 
-def test_a_start_says_what_runs_where(tiny):
+def test_a_start_says_what_runs_where(tiny, monkeypatch):
+    monkeypatch.setattr(worker.Cached, "packages", ("numpy",))
     start = subject("kv_cache").start()
     assert start["first_token_s"] > 0 and start["compile_s"] == 0 and start["matmul_gflop_per_s"] > 0
-    assert start["versions"]["torch"] == torch.__version__
+    assert start["versions"]["torch"] == torch.__version__ and start["versions"]["numpy"] == version("numpy")
     assert start["machine"]["threads"] == torch.get_num_threads() and start["machine"]["cpu"]
     json.dumps(start)
 
@@ -236,6 +241,29 @@ def test_no_process_is_left_when_one_dies(tiny, tmp_path):
     peers = {"a": talker(tmp_path / "turns"), "b": talker(tmp_path, "raise SystemExit(3)")}
     with pytest.raises(BenchError, match="b ended with code 3"):
         rotation.measure([], JOB, TINY, rounds=1, peers=peers)
+
+
+# ---------------------------------------------------------------- guests
+
+LLAMA_CPP = Path(__file__).parents[1] / "tools" / "peers" / "llama_cpp_generate.py"
+
+
+def test_a_guest_without_its_program_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", ModuleType("gguf"))
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as if it weren't installed
+    with pytest.raises(SystemExit, match=r"^llama_cpp is not installed: pip install .*llama-cpp-python"):
+        runpy.run_path(str(LLAMA_CPP))
+
+
+@pytest.mark.parametrize("config", [TINY, llama3.LLAMA32_CONFIG_1B, llama3.LLAMA31_CONFIG_8B, llama2.LLAMA2_CONFIG_7B])
+def test_a_guest_has_the_weights_of_our_model(config, monkeypatch):
+    for name in ("gguf", "llama_cpp"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    config = {"n_kv_groups": config["n_heads"], **config}
+    found = runpy.run_path(str(LLAMA_CPP))["tensors"](config)
+    with torch.device("meta"):
+        ours = (Llama3Model if "rope_freq" in config else Llama2Model)(config)
+    assert sorted(found.values()) == sorted(tuple(parameter.shape) for parameter in ours.parameters())
 
 
 # ---------------------------------------------------------------- what is reported

@@ -34,6 +34,8 @@ class Times:
 class Guest(worker.Subject):
     """A mode of the benchmark whose model and loop are transformers'."""
 
+    packages = ("transformers",)
+
     def make(self) -> LlamaForCausalLM:
         cfg = self.config
         config = LlamaConfig(
@@ -59,4 +61,4 @@ class Guest(worker.Subject):
 
 
 if __name__ == "__main__":
-    worker.main({"transformers": Guest})
+    worker.main(Guest)

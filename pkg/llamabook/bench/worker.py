@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 
 from llamabook.bench.job import COMPILED, Job, config_of
@@ -20,12 +21,12 @@ FIRST_TOKENS = 3  # of the first run: prefill, a first decoding step, and one th
 PROBES = 5
 
 
-def main(kinds: "dict[str, type[Subject]] | None" = None) -> None:
-    """Serve stdin until it ends; `kinds` are the modes that this program knows, without `_compiled`."""
+def main(guest: "type[Subject] | None" = None) -> None:
+    """Serve stdin until it ends with the mode that its first line names, or with `guest`, whatever that is called."""
     sys.stdout.reconfigure(line_buffering=True)
     order = json.loads(sys.stdin.readline())
     with Memory() as memory:
-        kind = (kinds or KINDS)[order["mode"].removesuffix(COMPILED)]
+        kind = guest or KINDS[order["mode"].removesuffix(COMPILED)]
         subject = kind(order["mode"], Job(**order["job"]), memory)
         answer(subject.start())
         for line in sys.stdin:
@@ -39,6 +40,8 @@ def answer(content: dict) -> None:
 
 class Subject:
     """A loaded mode: how it starts, and how fast it is. A kind of it says how to `make` the model and `run` it."""
+
+    packages: tuple[str, ...] = ()  # whose versions belong to the numbers, beside our own and torch's
 
     def __init__(self, mode: str, job: Job, memory: "Memory"):
         import torch
@@ -70,7 +73,7 @@ class Subject:
             "first_token_s": first[1] - first[0],
             "compile_s": max(0.0, (first[-1] - first[0]) - (again[-1] - again[0])) if self.compiled else 0.0,
             "matmul_gflop_per_s": self.matmul_speed(),
-            "versions": versions(self.device),
+            "versions": versions(self.device) | {name: version(name) for name in self.packages},
             "machine": machine(self.device),
         }
 
@@ -88,16 +91,19 @@ class Subject:
         }
 
     def bandwidth(self) -> float:
-        """GB/s of reading the largest matrix of the model, the median of a few times."""
+        """GB/s of reading the `largest` matrix, the median of a few times."""
         from llamabook.fast import kernels
 
-        largest = max(self.model.parameters(), key=lambda parameter: parameter.nbytes).detach()
-        speeds = []
+        largest, speeds = self.largest(), []
         for _ in range(PROBES):
             start = self.now()
             kernels.read_all(largest)
             speeds.append(largest.nbytes / 1e9 / (self.now() - start))
         return sorted(speeds)[PROBES // 2]
+
+    def largest(self):
+        """The largest matrix of the model, or one of its size where no tensor of torch's holds it."""
+        return max(self.model.parameters(), key=lambda parameter: parameter.nbytes).detach()
 
     def matmul_speed(self) -> float:
         """GFLOP/s of a product of two large matrices in the job's dtype, the best of a few: the other limit."""
