@@ -116,8 +116,8 @@ def tensors(config: dict) -> dict[str, tuple[int, ...]]:
     D, F, V, d = config["emb_dim"], config["hidden_dim"], config["vocab_size"], head_dim_of(config)
     queries, keys = config["n_heads"] * d, config["n_kv_groups"] * d
     layer = {
-        "attn_q": (queries, D), "attn_k": (keys, D), "attn_v": (keys, D), "attn_output": (D, queries), "attn_norm": (D,),
-        "ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F), "ffn_norm": (D,),
+        "attn_norm": (D,), "attn_q": (queries, D), "attn_k": (keys, D), "attn_v": (keys, D),
+        "attn_output": (D, queries), "ffn_norm": (D,), "ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F),
     }  # fmt: skip
     shapes = {"token_embd": (V, D), "output_norm": (D,)}
     if not config.get("tie_embeddings", False):
