@@ -611,7 +611,9 @@ MUTANTS = {
     "norms exchanged": ("model.fill_block", "fixed(old.norm1.weight, to), fixed(old.norm2.weight, to)",
                         "fixed(old.norm2.weight, to), fixed(old.norm1.weight, to)", "prompt"),
     "everything twice": ("model.give", "part.data = view", "pass", "memory"),
-    "the embedding twice": ("model.fixed", ".to(**to)", ".to(**to).clone()", "memory"),
+    "the embedding twice": ("model.fixed", "gathered([weight], to)", "gathered([weight], to).clone()", "memory"),
+    "a lone matrix twice": ("model.gathered", "if len(rows) == 1 and", "if not rows and", "memory"),
+    "the parts in another order": ("model.gathered", "place.copy_(part)", "place.copy_(rows[0][: len(place)])", "prompt"),
     "another part's memory": ("model.give", "part.data = view", "part.data = view.flip(0)", "source memory"),
 }  # fmt: skip
 

@@ -375,6 +375,49 @@ def test_a_switch_turns_them_off(cache, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "") and not cache.exists()
 
 
+# ---------------------------------------------------------------- memory
+
+
+def test_large_pages_change_no_number(monkeypatch):
+    """Nor any object, on any device and of any size; what is asked for lies within the tensor."""
+    asked = []
+
+    class System:
+        def __init__(self, name):
+            assert name is None
+
+        @staticmethod
+        def madvise(begin, length, advice):
+            asked.append((begin.value, length.value))
+
+    monkeypatch.setattr(kernels.ctypes, "CDLL", System)
+    monkeypatch.setattr(kernels.sys, "platform", "linux")
+    for x in (torch.zeros(0), torch.zeros(100), torch.ones(3, 2**20)[1:], torch.ones(2**21, device="meta")):
+        assert kernels.large_pages(x) is x
+    whole = torch.ones(3 * 2**20 + 5)
+    assert kernels.large_pages(whole) is whole and torch.equal(whole, torch.ones(3 * 2**20 + 5))
+    begin, length = asked[-1]
+    assert whole.data_ptr() <= begin and begin + length <= whole.data_ptr() + whole.nbytes
+    assert begin % 2**21 == length % 2**21 == 0 and length >= whole.nbytes - 2 * 2**21
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="only Linux tells")
+def test_large_pages_are_large():
+    def large():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("AnonHugePages"))
+
+    choice = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not choice.exists() or "[never]" in choice.read_text():
+        pytest.skip("this system has no large pages")
+    before = large()
+    x = kernels.large_pages(torch.empty(2**25))  # 128 MB
+    x.fill_(1.0)
+    if large() == before:
+        pytest.skip("there is no large page free")
+    assert large() - before >= 2**26
+
+
 # ---------------------------------------------------------------- mistakes that these tests must notice
 
 MISTAKES = {

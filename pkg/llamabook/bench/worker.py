@@ -195,14 +195,17 @@ KINDS = {"regular": Plain, "fast": Fast, "kv_cache": Cached, "static": Static}
 
 
 def fill(model):
-    """Random weights in memory of their own, at the speed of copying: one million numbers, over and over."""
+    """Random weights in memory of their own, in large pages, at the speed of copying: a million numbers, over and over."""
     import torch
+
+    from llamabook.fast import kernels
 
     numbers = torch.empty(1_000_003).normal_(std=0.02, generator=torch.Generator().manual_seed(1))
     for parameter in model.parameters():
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
+        parameter.data = kernels.large_pages(torch.empty_like(parameter))
         flat, pattern = parameter.view(-1), numbers.to(parameter)
         whole = len(flat) // len(pattern) * len(pattern)
         flat[:whole].view(-1, len(pattern)).copy_(pattern.expand(whole // len(pattern), -1))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from llamabook.fast import kernels
 from llamabook.fast.attention import attend
 from llamabook.fast.cache import StaticCache, write
 from llamabook.fast.linear import Linear
@@ -110,24 +111,33 @@ class Transformer(nn.Module):
         return self.head(self.norm(x))
 
 
+def gathered(parts: list[nn.Parameter], to: dict) -> Tensor:
+    """The rows of all `parts` as one matrix, at to["device"] in to["dtype"]; a lone one that is so, as it is."""
+    rows, like = [part.detach() for part in parts], parts[0].detach()[:0].to(**to)
+    if len(rows) == 1 and (like.dtype, like.device) == (rows[0].dtype, rows[0].device):
+        return rows[0]
+    whole = kernels.large_pages(like.new_empty(sum(map(len, rows)), *like.shape[1:]))
+    for part, place in zip(rows, whole.split([len(part) for part in rows])):
+        place.copy_(part)
+    return whole
+
+
 def give(linear: nn.Module, parts: list[nn.Parameter], to: dict) -> None:
-    """Give `linear` one matrix: the rows of all `parts`, at to["device"] in to["dtype"].
+    """Give `linear` the rows of all `parts` as one matrix.
 
     Where it keeps that matrix as it is, the parts become views of it. So the model that they come from still
     works, and no weight is in memory twice.
     """
-    rows = [part.detach() for part in parts]
-    whole = torch.cat(rows) if len(rows) > 1 else rows[0]
-    matrix = whole.to(**to)
-    linear.set_weight(matrix)
-    if type(linear) is Linear and matrix is whole:
+    whole = gathered(parts, to)
+    linear.set_weight(whole)
+    if type(linear) is Linear and (whole.dtype, whole.device) == (parts[0].dtype, parts[0].device):
         for part, view in zip(parts, whole.split([len(part) for part in parts])):
             part.data = view
 
 
 def fixed(weight: Tensor, to: dict) -> nn.Parameter:
     """A weight for inference at to["device"] in to["dtype"]; not copied where it is there already."""
-    return nn.Parameter(weight.detach().to(**to), requires_grad=False)
+    return nn.Parameter(gathered([weight], to), requires_grad=False)
 
 
 def fill_block(new: Block, old: TransformerBlock, to: dict) -> None:

@@ -3,11 +3,13 @@
 - `linear(x, weight)` is `F.linear` for any number of rows, and reads the weights at the speed of the memory for few.
 - `decode_attention(q, keys, values, input_pos)` attends from a few positions to a cache of many.
 - `read_all(x)` reads the memory of a tensor once: the speed limit of the other two.
+- `large_pages(x)` has new memory in pages of 2 MB where the system allows it.
 - `ready()` builds or loads the C++ on first use and says whether there is any; LLAMABOOK_KERNELS=0 switches it off.
 
 Importing this package builds nothing. Everything here can be compiled by torch.compile in one graph.
 """
 
+import ctypes
 import os
 import sys
 import threading
@@ -18,7 +20,7 @@ from torch.nn import functional as F
 
 from llamabook.fast.kernels import build
 
-__all__ = ["MAX_QUERIES", "MAX_ROWS", "decode_attention", "linear", "read_all", "ready"]
+__all__ = ["MAX_QUERIES", "MAX_ROWS", "decode_attention", "large_pages", "linear", "read_all", "ready"]
 
 MAX_ROWS = 8  # with more, F.linear's blocks reuse what they read, and win
 MAX_QUERIES = 8  # new positions per row of the batch; prefill has more, and other kernels
@@ -105,3 +107,20 @@ def read_all(x: Tensor) -> Tensor:
         return torch.ops.llamabook.read_all(x)
     whole = x.reshape(-1).view(torch.int32) if x.numel() * x.element_size() % 4 == 0 else x
     return whole.sum()
+
+
+LARGE = 2 * 1024**2  # bytes of a large page
+MADV_HUGEPAGE = 14  # from Linux's sys/mman.h
+
+
+def large_pages(x: Tensor) -> Tensor:
+    """`x`, whose memory, if nobody has written there yet, will lie in pages of 2 MB: fewer to look up when it is read.
+
+    Only on Linux, and for the whole large pages within tensors on the CPU; elsewhere it changes nothing.
+    """
+    if sys.platform == "linux" and x.device.type == "cpu":
+        first, end = -(-x.data_ptr() // LARGE), (x.data_ptr() + x.nbytes) // LARGE
+        if end > first:
+            madvise = ctypes.CDLL(None).madvise
+            madvise(ctypes.c_void_p(first * LARGE), ctypes.c_size_t((end - first) * LARGE), MADV_HUGEPAGE)
+    return x
