@@ -112,7 +112,7 @@ class Transformer(nn.Module):
 
 
 def gathered(parts: list[nn.Parameter], to: dict) -> Tensor:
-    """The rows of all `parts` as one matrix, at to["device"] in to["dtype"]; a lone one that is so, as it is."""
+    """The rows of all `parts` as one matrix, at to["device"] in to["dtype"]; a lone one may stay as it is."""
     rows, like = [part.detach() for part in parts], parts[0].detach()[:0].to(**to)
     if len(rows) == 1 and (like.dtype, like.device) == (rows[0].dtype, rows[0].device):
         return rows[0]
