@@ -1,5 +1,6 @@
 """The kernels against float64 and torch's operators, and their build: once, quietly, and never fatal."""
 
+import copy
 import os
 import re
 import subprocess
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 
 from llamabook.fast import kernels
 from llamabook.fast.kernels import build as building
+from llamabook.fast.model import Block
+from llamabook.llama2 import rope_tables
 
 PACKAGE = Path(kernels.__file__).resolve().parents[3]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -36,9 +39,9 @@ def random(*shape, dtype=torch.float32, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
 
 
-def close(found, expected, dtype):
+def close(found, expected, dtype, roundings=1):
     assert found.dtype == dtype and found.shape == expected.shape
-    assert ((found.double() - expected).abs().max() <= BEYOND[dtype] * expected.abs().max()).item()
+    assert ((found.double() - expected).abs().max() <= roundings * BEYOND[dtype] * expected.abs().max()).item()
 
 
 # ---------------------------------------------------------------- products
@@ -375,6 +378,83 @@ def test_a_switch_turns_them_off(cache, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "") and not cache.exists()
 
 
+# ---------------------------------------------------------------- a layer in one call
+
+LAYERS = [  # B, T, D, H, G, d, F, S
+    (1, 1, 64, 4, 2, 16, 112, 20), (2, 3, 128, 4, 1, 64, 144, 30), (8, 1, 96, 2, 2, 32, 80, 9), (1, 8, 64, 3, 1, 48, 64, 8),
+    (2, 2, 1040, 2, 1, 128, 2064, 600),
+]  # fmt: skip
+
+
+def a_layer(B, T, D, H, G, d, F_, S, dtype):
+    """A block with random weights, and what it is called with: x, cos, sin, input_pos, keys, values."""
+    cfg = {"emb_dim": D, "n_heads": H, "n_kv_groups": G, "hidden_dim": F_, "head_dim": d, "dtype": dtype, "norm_eps": 0.1}
+    block = Block(cfg).requires_grad_(False)
+    for i, parameter in enumerate(block.parameters()):
+        new = random(*parameter.shape, seed=i) * 2 / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else None
+        parameter.copy_(1.5 + random(*parameter.shape, seed=i).tanh() if new is None else new)
+    start = torch.randint(0, S - T + 1, (B, 1), generator=torch.Generator().manual_seed(S))
+    input_pos = start + torch.arange(T)
+    cos, sin = (table.unsqueeze(2) for table in rope_tables(input_pos, random(d // 2).abs()))
+    keys, values = random(B, G, S + 3, d, dtype=dtype)[:, :, :S], random(B, G, S + 3, d, seed=1, dtype=dtype)[:, :, :S]
+    return block, [random(B, T, D, dtype=dtype) / 3, cos, sin, input_pos, keys, values]
+
+
+def copies(inputs, dtype):
+    """Those that are given in `dtype`, and caches that nobody else writes."""
+    x, cos, sin, input_pos, keys, values = inputs
+    return [x.to(dtype), cos, sin, input_pos, keys.to(dtype).clone(), values.to(dtype).clone()]
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", LAYERS)
+def test_a_layer_is_the_sum_of_its_parts_in_float64(sizes, dtype):
+    block, inputs = a_layer(*sizes, dtype)
+    assert block.plain and kernels.takes_layer(inputs[0], *inputs[4:], block.feed_forward.w2.weight)
+    before, exact = copies(inputs, dtype), copies(inputs, torch.float64)
+    expected = copy.deepcopy(block).double()(*exact)  # no kernel takes float64
+    close(block(*inputs), expected, dtype, roundings=4)
+    close(inputs[4], exact[4], dtype)  # the cache: what is new, and where
+    close(inputs[5], exact[5], dtype)
+    assert torch.equal(inputs[0], before[0]), "x stays as it was"
+
+
+@needs_kernels
+def test_a_layer_in_bfloat16_rounds_where_its_parts_do(monkeypatch):
+    block, inputs = a_layer(*LAYERS[1], torch.bfloat16)
+    others = copies(inputs, torch.bfloat16)
+    whole = block(*inputs)
+    monkeypatch.setattr(kernels, "takes_layer", lambda *tensors: False)
+    parts = block(*others)
+    assert (whole != parts).float().mean() < 0.02 and torch.equal(inputs[4], others[4])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_a_layer_does_not_know_the_others(dtype):
+    block, inputs = a_layer(*LAYERS[2], dtype)
+    alone = [block(*(part[row : row + 1] for part in copies(inputs, dtype))) for row in range(8)]
+    assert torch.equal(block(*inputs), torch.cat(alone))
+
+
+@needs_kernels
+def test_a_layer_that_does_not_fit_is_refused():
+    block, inputs = a_layer(*LAYERS[0], torch.float32)
+    weights, eps = list(block.weights()), block.norm1.eps
+    with pytest.raises(RuntimeError, match="outside a cache of 20"):
+        kernels.layer(*inputs[:3], inputs[3] + 20, *inputs[4:], *weights, eps)
+    for place in range(6):
+        wrong = [weight if i != place else weight[:-16] for i, weight in enumerate(weights)]
+        with pytest.raises(RuntimeError, match="don't fit"):
+            kernels.layer(*inputs, *wrong, eps)
+    x, keys, values, w2 = inputs[0], *inputs[4:], weights[5]
+    assert kernels.takes_layer(x, keys, values, w2)
+    for bad in ((x.expand(9, -1, -1), keys, values, w2), (x, keys[..., :8], values, w2), (x, keys, values, w2[:, :-1]),
+                (x, keys.half(), values, w2), (x.to("meta"), keys, values, w2)):  # fmt: skip
+        assert not kernels.takes_layer(*bad)
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -426,12 +506,18 @@ MISTAKES = {
     "parts are joined as if they had one maximum": ("std::exp(first.maximum[c * step] - maximum)", "1.0f"),
     "scores are not scaled": ("const float scale = 1 / std::sqrt(float(d));", "const float scale = 1;"),
     "the rest of a row is left out": ("if (k < K) {", "if (k > K) {"),
-    "a part of a row takes the place of those before": ("sum[r * T + t] += add_up", "sum[r * T + t] = add_up"),
+    "a part of a row takes the place of those before": ("std::memcpy(sum, sums, sizeof sum);", "std::memset(sum, 0, sizeof sum);"),
     "the last rows of a matrix are left out": ("for (; n < bottom; n++) tile", "for (; n > bottom; n++) tile"),
-    "x is packed row by row": ("*to++ = i < K ? How::number(x[t * K + i])", "*to++ = i < K ? How::number(x[k * T + t * How::count + i - k])"),
+    "x is packed row by row": ("How::number(x[t * K + k + i])", "How::number(x[k * T + t * How::count + i])"),
     "neighbours are the same one twice": ("even + 1)", "even)"),
     "the last keys are read where the first stand": ("rest + (j - s) * d, keys + j * key_stride", "rest + (j - s) * d, keys + (j - s) * key_stride"),
     "a chunk's last value is left out": ("for (int64_t s = 0; s < count; s++) {", "for (int64_t s = 0; s + 1 < count; s++) {"),
+    "a share of the rows is left out": ("n = next.fetch_add(share)) < N;", "n = next.fetch_add(share)) + share < N;"),
+    "the norm forgets eps": ("/ D + eps)", "/ D)"),
+    "pairs are turned the other way": ("first * cos[i] - second", "first * cos[i] + second"),
+    "SiLU of the wrong half": ("x = load(both + i), e", "x = load(both + F + i), e"),
+    "what comes in does not go on": ("store(load(x + i) + load(&y[i])", "store(load(&y[i])"),
+    "all values in the first row's cache": ("V + row / T * values.stride(0)", "V + 0 * values.stride(0)"),
     "queries that fill no group are left out": ("if (Q > 1 && M % Q)", "if (Q > M)"),
     "bf16 is cut and not rounded": ("(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "bits >> 16"),
     "a matrix's rows follow each other": ("weight + n * stride", "weight + n * K"),

@@ -2,7 +2,8 @@
 
 - `linear(x, weight)` is `F.linear` for any number of rows, and reads the weights at the speed of the memory for few.
 - `decode_attention(q, keys, values, input_pos)` attends from a few positions to a cache of many.
-- `read_all(x)` reads the memory of a tensor once: the speed limit of the other two.
+- `layer(...)` is a whole layer for few tokens, both of those and what lies between them, in one call.
+- `read_all(x)` reads the memory of a tensor once: the speed limit of the others.
 - `large_pages(x)` has new memory in pages of 2 MB where the system allows it.
 - `ready()` builds or loads the C++ on first use and says whether there is any; LLAMABOOK_KERNELS=0 switches it off.
 
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from llamabook.fast.kernels import build
 
-__all__ = ["MAX_QUERIES", "MAX_ROWS", "decode_attention", "large_pages", "linear", "read_all", "ready"]
+__all__ = ["MAX_QUERIES", "MAX_ROWS", "decode_attention", "large_pages", "layer", "linear", "read_all", "ready", "takes_layer"]
 
 MAX_ROWS = 8  # with more, F.linear's blocks reuse what they read, and win
 MAX_QUERIES = 8  # new positions per row of the batch; prefill has more, and other kernels
@@ -55,6 +56,8 @@ def _load() -> bool:
     torch.library.register_fake("llamabook::linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
     torch.library.register_fake("llamabook::decode_attention", lambda q, keys, values, input_pos: torch.empty_like(
         q, memory_format=torch.contiguous_format))  # fmt: skip
+    torch.library.register_fake("llamabook::layer", lambda x, *others: torch.empty_like(
+        x, memory_format=torch.contiguous_format))  # fmt: skip
     torch.library.register_fake("llamabook::read_all", lambda x: x.new_empty(1, dtype=torch.int32))
     return True
 
@@ -99,6 +102,31 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, input_pos: Tensor)
     visible = slots <= input_pos[:, None, :, None]  # (B, 1, T, S)
     context = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=visible, enable_gqa=True)
     return context.transpose(1, 2)  # (B, H, T, d) -> (B, T, H, d)
+
+
+def takes_layer(x: Tensor, keys: Tensor, values: Tensor, w2: Tensor) -> bool:
+    """Whether `layer` computes for these tokens (B, T, D), cache and w2 (D, F); where not, the layer's parts do."""
+    return (
+        0 < x.shape[0] * x.shape[1] <= MAX_ROWS
+        and w2.shape[0] % 16 == w2.shape[1] % 16 == 0
+        and keys.shape[3] % 16 == 0
+        and keys.shape[3] <= 256
+        and keys.stride(-1) == values.stride(-1) == 1
+        and _ours(x, keys, values, w2)
+    )
+
+
+def layer(
+    x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor,
+    norm1: Tensor, wqkv: Tensor, wo: Tensor, norm2: Tensor, w13: Tensor, w2: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """What `fast.model.Block` computes of these weights, for few tokens; the cache has theirs in it afterwards.
+
+    Between its products a layer does so little that calling operators for it takes longer than doing it: while
+    the weights stream by, all that Python needs for a call is driven out of the processor's caches.
+    Shape: as `Block`. To be called where `takes_layer`.
+    """
+    return torch.ops.llamabook.layer(x, cos, sin, input_pos, keys, values, norm1, wqkv, wo, norm2, w13, w2, eps)
 
 
 def read_all(x: Tensor) -> Tensor:

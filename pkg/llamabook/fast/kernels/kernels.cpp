@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -41,6 +42,7 @@ constexpr int LANES = 4, REGISTERS = 16;
 constexpr int ROWS = 8;  // rows of x that share one pass over the weights
 constexpr int64_t WIDTH = 2048;  // bytes of each row of x that one pass takes: 8 rows of it are half a first-level cache
 constexpr int64_t BLOCK = 65536;  // bytes of weights for each row of a tile that all passes go over before the next ones
+constexpr int64_t SHARE = 262144;  // bytes of weights that a thread takes at a time: no two threads are equally fast
 constexpr int64_t CHUNK = 256;  // cache slots that one task of attention reads
 constexpr int64_t MAX_HEAD_DIM = 256;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
@@ -86,6 +88,14 @@ static inline Floats load(const bf16* from) {
   Halves x;
   std::memcpy(&x, from, sizeof x);
   return (Floats)(__builtin_convertvector(x, Words) << 16);
+}
+
+static inline void store(Floats x, float* to) { std::memcpy(to, &x, sizeof x); }
+
+static inline void store(Floats x, bf16* to) {  // each as above
+  const Words bits = (Words)x, near = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const Halves y = __builtin_convertvector(x == x ? near : Words{} + 0x7fc0, Halves);
+  std::memcpy(to, &y, sizeof y);
 }
 
 // a0 + a1, a2 + a3, ..., then the same of b
@@ -144,26 +154,27 @@ typedef Wide Half;
 template <typename How, typename E>
 static void pack(const E* x, int64_t T, int64_t K, typename How::Number* to) {
   for (int64_t k = 0; k < K; k += How::count)
-    for (int64_t t = 0; t < T; t++)
-      for (int64_t i = k; i < k + How::count; i++) *to++ = i < K ? How::number(x[t * K + i]) : typename How::Number{};
+    for (int64_t t = 0; t < T; t++, to += How::count)
+      for (int64_t i = 0; i < How::count; i++) to[i] = k + i < K ? How::number(x[t * K + k + i]) : typename How::Number{};
 }
 
-// Adds to sum (R, T) the products of R rows of the weight, `stride` apart, with T packed rows of x, over K numbers.
-// Each weight is read once, and what stands `ahead` of it is asked for.
+// Adds to sums (R, T, LANES) the products of R rows of the weight, `stride` apart, with T packed rows of x, over K numbers.
+// Each weight is read once, and what stands `ahead` of it is asked for; one stream alone the hardware foresees better.
 template <typename How, int R, int T, typename W>
-static inline void tile(const W* w, int64_t stride, int64_t ahead, const typename How::Number* x, int64_t K, float* sum) {
-  Floats sums[R][T] = {};
+static inline void tile(const W* w, int64_t stride, int64_t ahead, const typename How::Number* x, int64_t K, float* sums) {
+  Floats sum[R][T];
+  std::memcpy(sum, sums, sizeof sum);
   const auto step = [&](const W* from, int64_t apart) {
     typename How::Vector weight[R];
     for (int r = 0; r < R; r++) weight[r] = How::get(from + r * apart);
     for (int t = 0; t < T; t++, x += How::count) {
       const typename How::Vector number = How::get(x);
-      for (int r = 0; r < R; r++) sums[r][t] = How::add(sums[r][t], weight[r], number);
+      for (int r = 0; r < R; r++) sum[r][t] = How::add(sum[r][t], weight[r], number);
     }
   };
   int64_t k = 0;
   for (; k + How::count <= K; k += How::count) {
-    for (int r = 0; r < R; r++) __builtin_prefetch(w + r * stride + k + ahead, 0, 2);
+    for (int r = 0; T > 1 && r < R; r++) __builtin_prefetch(w + r * stride + k + ahead, 0, 2);
     step(w + k, stride);
   }
   if (k < K) {
@@ -171,30 +182,31 @@ static inline void tile(const W* w, int64_t stride, int64_t ahead, const typenam
     for (int r = 0; r < R; r++) std::memcpy(rest[r], w + r * stride + k, (K - k) * sizeof(W));
     step(rest[0], How::count);
   }
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) sum[r * T + t] += add_up(sums[r][t]);
+  std::memcpy(sums, sum, sizeof sum);
 }
 
 // y[t][n] = w[n] . x[t] for T packed rows of x and the rows `begin` to `end` of the weight
 template <typename How, int T, typename W>
 static void multiply(const typename How::Number* x, const W* weight, W* y, int64_t N, int64_t K, int64_t stride,
                      int64_t begin, int64_t end) {
-  constexpr int R = std::clamp((REGISTERS - 8) / T, 1, 4);  // R x T sums stay in registers
-  constexpr int64_t width = WIDTH / sizeof(typename How::Number);
-  const int64_t height = std::clamp<int64_t>(BLOCK / std::max<int64_t>(K * sizeof(W), 1), 1, 16) * R;
+  constexpr int R = T == 1 ? 1 : std::clamp((REGISTERS - 8) / T, 1, 4);  // R x T sums stay in registers
+  const int64_t width = T == 1 ? K : WIDTH / sizeof(typename How::Number);
+  const int64_t tiles = T == 1 ? 1 : std::clamp<int64_t>(BLOCK / std::max<int64_t>(K * sizeof(W), 1), 1, 16);
+  const int64_t height = tiles * R;
   std::vector<float> sums;
   for (int64_t top = begin; top < end; top += height) {
     const int64_t bottom = std::min(top + height, end), ahead = height * stride;
-    sums.assign(height * T, 0.0f);
+    sums.assign(height * T * LANES, 0.0f);
     for (int64_t k = 0; k < K; k += width) {
       const int64_t part = std::min(width, K - k);
+      float* sum = sums.data();
       int64_t n = top;
-      for (; n + R <= bottom; n += R)
-        tile<How, R, T>(weight + n * stride + k, stride, ahead, x + k * T, part, &sums[(n - top) * T]);
-      for (; n < bottom; n++) tile<How, 1, T>(weight + n * stride + k, stride, ahead, x + k * T, part, &sums[(n - top) * T]);
+      for (; n + R <= bottom; n += R, sum += R * T * LANES)
+        tile<How, R, T>(weight + n * stride + k, stride, ahead, x + k * T, part, sum);
+      for (; n < bottom; n++, sum += T * LANES) tile<How, 1, T>(weight + n * stride + k, stride, ahead, x + k * T, part, sum);
     }
     for (int64_t n = top; n < bottom; n++)
-      for (int64_t t = 0; t < T; t++) store(sums[(n - top) * T + t], y + t * N + n);
+      for (int64_t t = 0; t < T; t++) store(add_up(load(&sums[((n - top) * T + t) * LANES])), y + t * N + n);
   }
 }
 
@@ -205,14 +217,17 @@ static void multiply_all(const E* x, const E* weight, E* y, int64_t rows, int64_
   constexpr decltype(&multiply<How, 1, E>) of[] = {
       multiply<How, 1, E>, multiply<How, 2, E>, multiply<How, 3, E>, multiply<How, 4, E>,
       multiply<How, 5, E>, multiply<How, 6, E>, multiply<How, 7, E>, multiply<How, 8, E>};
-  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, K));  // less is not worth a second thread
   const int64_t padded = (K + How::count - 1) / How::count * How::count;
   std::vector<typename How::Number> packed(ROWS * padded);
   for (int64_t t = 0; t < rows; t += ROWS) {
     const int64_t T = std::min<int64_t>(ROWS, rows - t);
     pack<How>(x + t * K, T, K, packed.data());
-    parallel_for(0, N, grain, [&](int64_t begin, int64_t end) {
-      of[T - 1](packed.data(), weight, y + t * N, N, K, stride, begin, end);
+    const int64_t share = std::max<int64_t>(1, (T == 1 ? SHARE : 4 * SHARE) / std::max<int64_t>(1, K * sizeof(E)));
+    const int64_t takers = std::min<int64_t>(torch::stable::get_num_threads(), (N + share - 1) / share);
+    std::atomic<int64_t> next{0};
+    parallel_for(0, takers, 1, [&](int64_t, int64_t) {
+      for (int64_t n; (n = next.fetch_add(share)) < N;)
+        of[T - 1](packed.data(), weight, y + t * N, N, K, stride, n, std::min(n + share, N));
     });
   }
 }
@@ -398,31 +413,147 @@ static void attend_all(const Tensor& q, const Tensor& keys, const Tensor& values
   });
 }
 
-// q (B, T, H, d), keys and values (B, G, S, d) of one dtype, input_pos (B, T), to (B, T, H, d)
-Tensor decode_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& input_pos) {
-  STD_TORCH_CHECK(q.dim() == 4 && keys.dim() == 4 && values.dim() == 4 && input_pos.dim() == 2,
-                  "q, keys and values have 4 dimensions, input_pos 2");
-  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), d = q.size(3), G = keys.size(1), S = keys.size(2);
-  STD_TORCH_CHECK(keys.size(0) == B && keys.size(3) == d && G > 0 && H % G == 0, "q and keys don't fit each other");
+static void check_attention(int64_t B, int64_t T, const Tensor& keys, const Tensor& values, const Tensor& input_pos,
+                            ScalarType type) {
+  STD_TORCH_CHECK(keys.dim() == 4 && values.dim() == 4 && input_pos.dim() == 2, "keys and values have 4 dimensions, input_pos 2");
+  const int64_t S = keys.size(2), d = keys.size(3);
+  STD_TORCH_CHECK(keys.size(0) == B && keys.size(1) > 0, "keys have another number of rows");
   for (int64_t i = 0; i < 4; i++) STD_TORCH_CHECK(values.size(i) == keys.size(i), "keys and values differ in shape");
   STD_TORCH_CHECK(input_pos.size(0) == B && input_pos.size(1) == T && input_pos.scalar_type() == ScalarType::Long,
                   "input_pos must be (B, T), int64");
   STD_TORCH_CHECK(d % 16 == 0 && d <= MAX_HEAD_DIM, "head_dim must be a multiple of 16, at most 256");
-  STD_TORCH_CHECK(q.stride(3) == 1 && keys.stride(3) == 1 && values.stride(3) == 1, "each vector must be contiguous");
-  STD_TORCH_CHECK(keys.scalar_type() == q.scalar_type() && values.scalar_type() == q.scalar_type(),
-                  "q, keys and values must have one dtype");
-  Tensor y = torch::stable::new_empty(q, {B, T, H, d});
-  if (y.numel() == 0) return y;
+  STD_TORCH_CHECK(keys.stride(3) == 1 && values.stride(3) == 1, "each vector must be contiguous");
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16, "the dtype must be float32 or bfloat16");
+  STD_TORCH_CHECK(keys.scalar_type() == type && values.scalar_type() == type, "keys and values must have the same dtype");
   const Tensor pos = torch::stable::contiguous(input_pos);
   const int64_t* positions = (const int64_t*)pos.data_ptr();
   for (int64_t i = 0; i < B * T; i++)
     STD_TORCH_CHECK(positions[i] >= 0 && positions[i] < S, "position ", positions[i], " is outside a cache of ", S);
-  if (q.scalar_type() == ScalarType::Float) {
+}
+
+// q (B, T, H, d), keys and values (B, G, S, d) of one dtype, input_pos (B, T), to (B, T, H, d)
+Tensor decode_attention(const Tensor& q, const Tensor& keys, const Tensor& values, const Tensor& input_pos) {
+  STD_TORCH_CHECK(q.dim() == 4 && q.stride(3) == 1, "q has 4 dimensions, the last contiguous");
+  const int64_t B = q.size(0), T = q.size(1), H = q.size(2), d = q.size(3);
+  check_attention(B, T, keys, values, input_pos, q.scalar_type());
+  STD_TORCH_CHECK(keys.size(3) == d && H % keys.size(1) == 0, "q and keys don't fit each other");
+  Tensor y = torch::stable::new_empty(q, {B, T, H, d});
+  if (y.numel() == 0) return y;
+  const Tensor pos = torch::stable::contiguous(input_pos);
+  const int64_t* positions = (const int64_t*)pos.data_ptr();
+  if (q.scalar_type() == ScalarType::Float)
     attend_all<Wide, float>(q, keys, values, positions, y);
-  } else {
-    STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16, "the dtype must be float32 or bfloat16");
+  else
     (d % Half::count ? attend_all<Wide, bf16> : attend_all<Half, bf16>)(q, keys, values, positions, y);
+  return y;
+}
+
+// ---- one layer in one call: what lies between two products is too little to go back to Python for
+
+template <typename E>
+static inline Floats rounded(Floats x) {
+  E y[LANES];
+  store(x, y);
+  return load(y);
+}
+
+// to (rows, D) = x / sqrt(mean of x^2 + eps) * weight
+template <typename E>
+static void normalize(const E* x, const E* weight, float eps, int64_t rows, int64_t D, E* to) {
+  for (; rows > 0; rows--, x += D, to += D) {
+    Floats squares = {};
+    for (int64_t i = 0; i < D; i += LANES) squares += load(x + i) * load(x + i);
+    const float scale = 1 / std::sqrt(add_up(squares) / D + eps);
+    for (int64_t i = 0; i < D; i += LANES) store(rounded<E>(load(x + i) * scale) * load(weight + i), to + i);
   }
+}
+
+// to (d,) = x with each pair (x[i], x[i + d / 2]) turned by its angle
+template <typename E>
+static void turn(const E* x, const float* cos, const float* sin, int64_t d, E* to) {
+  for (int64_t i = 0; i < d / 2; i++) {
+    const float first = widen(x[i]), second = widen(x[i + d / 2]);
+    store(first * cos[i] - second * sin[i], to + i);
+    store(second * cos[i + d / 2] + first * sin[i + d / 2], to + i + d / 2);
+  }
+}
+
+// to (rows, F) = SiLU of the first half of both (rows, 2 F), times the second
+template <typename E>
+static void gate(const E* both, int64_t rows, int64_t F, E* to) {
+  for (; rows > 0; rows--, both += 2 * F, to += F)
+    for (int64_t i = 0; i < F; i += LANES) {
+      const Floats x = load(both + i), e = exponential(x < 0.0f ? x : -x);  // x sigmoid(x), without an overflow
+      store(rounded<E>(x * (x < 0.0f ? e : Floats{} + 1.0f) / (e + 1.0f)) * load(both + F + i), to + i);
+    }
+}
+
+template <typename E>
+static void add(const std::vector<E>& y, E* x) {
+  for (size_t i = 0; i < y.size(); i += LANES) store(load(x + i) + load(&y[i]), x + i);
+}
+
+struct Weights {
+  const Tensor &norm1, &wqkv, &wo, &norm2, &w13, &w2;
+};
+
+// The layer that model.py's Block is, rounded at the same places. x becomes its output.
+template <typename How, typename E>
+static void layer_of(Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& input_pos, Tensor& keys, Tensor& values,
+                     const Weights& weights, float eps) {
+  const int64_t B = x.size(0), T = x.size(1), D = x.size(2), rows = B * T, G = keys.size(1), d = keys.size(3);
+  const int64_t F = weights.w2.size(1), all = weights.wqkv.size(0) / d, H = all - 2 * G;
+  E *X = (E*)x.data_ptr(), *K = (E*)keys.data_ptr(), *V = (E*)values.data_ptr();
+  Tensor q = torch::stable::new_empty(x, {B, T, H, d}), context = torch::stable::new_empty(x, {B, T, H, d});
+  std::vector<E> normal(rows * D), heads(rows * all * d), y(rows * D), both(rows * 2 * F), hidden(rows * F);
+  const int64_t* positions = (const int64_t*)input_pos.data_ptr();
+  const auto product = [&](const E* from, const Tensor& weight, E* to) {
+    const int64_t N = weight.size(0), width = weight.size(1);
+    multiply_all<How>(from, (const E*)weight.data_ptr(), to, rows, N, width, weight.stride(0));
+  };
+
+  normalize(X, (const E*)weights.norm1.data_ptr(), eps, rows, D, normal.data());
+  product(normal.data(), weights.wqkv, heads.data());
+  for (int64_t row = 0; row < rows; row++) {
+    const float *c = (const float*)cos.data_ptr() + row * d, *s = (const float*)sin.data_ptr() + row * d;
+    const E* from = heads.data() + row * all * d;
+    for (int64_t h = 0; h < H; h++, from += d) turn(from, c, s, d, (E*)q.data_ptr() + (row * H + h) * d);
+    for (int64_t g = 0; g < G; g++, from += d)
+      turn(from, c, s, d, K + row / T * keys.stride(0) + g * keys.stride(1) + positions[row] * keys.stride(2));
+    for (int64_t g = 0; g < G; g++, from += d)
+      std::copy(from, from + d, V + row / T * values.stride(0) + g * values.stride(1) + positions[row] * values.stride(2));
+  }
+  (d % How::count ? attend_all<Wide, E> : attend_all<How, E>)(q, keys, values, positions, context);
+  product((const E*)context.data_ptr(), weights.wo, y.data());
+  add(y, X);
+  normalize(X, (const E*)weights.norm2.data_ptr(), eps, rows, D, normal.data());
+  product(normal.data(), weights.w13, both.data());
+  gate(both.data(), rows, F, hidden.data());
+  product(hidden.data(), weights.w2, y.data());
+  add(y, X);
+}
+
+// x (B, T, D), cos and sin (B, T, 1, d), input_pos (B, T), keys and values (B, G, S, d), to (B, T, D)
+Tensor layer(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& input_pos, Tensor keys, Tensor values,
+             const Tensor& norm1, const Tensor& wqkv, const Tensor& wo, const Tensor& norm2, const Tensor& w13,
+             const Tensor& w2, double eps) {
+  check_attention(x.size(0), x.size(1), keys, values, input_pos, x.scalar_type());
+  const int64_t D = x.size(2), G = keys.size(1), d = keys.size(3), H = wqkv.size(0) / d - 2 * G;
+  const auto is = [&](const Tensor& weight, int64_t N, int64_t K) {
+    return weight.size(0) == N && weight.size(1) == K && weight.stride(1) == 1 && weight.scalar_type() == x.scalar_type();
+  };
+  STD_TORCH_CHECK(is(wqkv, (H + 2 * G) * d, D) && H > 0 && H % G == 0 && is(wo, D, H * d) && is(w13, 2 * w2.size(1), D) &&
+                      is(w2, D, w2.size(1)) && norm1.size(0) == D && norm2.size(0) == D && D % 16 == 0 && w2.size(1) % 16 == 0,
+                  "the weights of the layer don't fit each other");
+  Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), D});
+  torch::stable::copy_(y, x);
+  const Tensor c = torch::stable::contiguous(cos), s = torch::stable::contiguous(sin);
+  const Tensor pos = torch::stable::contiguous(input_pos);
+  const Weights weights{norm1, wqkv, wo, norm2, w13, w2};
+  if (x.scalar_type() == ScalarType::Float)
+    layer_of<Wide, float>(y, c, s, pos, keys, values, weights, eps);
+  else
+    layer_of<Half, bf16>(y, c, s, pos, keys, values, weights, eps);
   return y;
 }
 
@@ -457,11 +588,14 @@ Tensor read_all(const Tensor& x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(llamabook, m) {
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor keys, Tensor values, Tensor input_pos) -> Tensor");
+  m.def("layer(Tensor x, Tensor cos, Tensor sin, Tensor input_pos, Tensor(a!) keys, Tensor(b!) values, Tensor norm1, "
+        "Tensor wqkv, Tensor wo, Tensor norm2, Tensor w13, Tensor w2, float eps) -> Tensor");
   m.def("read_all(Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llamabook, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("layer", TORCH_BOX(&layer));
   m.impl("read_all", TORCH_BOX(&read_all));
 }
