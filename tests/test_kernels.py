@@ -391,7 +391,7 @@ def a_layer(B, T, D, H, G, d, F_, S, dtype):
     cfg = {"emb_dim": D, "n_heads": H, "n_kv_groups": G, "hidden_dim": F_, "head_dim": d, "dtype": dtype, "norm_eps": 0.1}
     block = Block(cfg).requires_grad_(False)
     for i, parameter in enumerate(block.parameters()):
-        new = random(*parameter.shape, seed=i) * 2 / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else None
+        new = random(*parameter.shape, seed=i) / parameter.shape[-1] ** 0.5 if parameter.dim() == 2 else None
         parameter.copy_(1.5 + random(*parameter.shape, seed=i).tanh() if new is None else new)
     start = torch.randint(0, S - T + 1, (B, 1), generator=torch.Generator().manual_seed(S))
     input_pos = start + torch.arange(T)
