@@ -76,7 +76,7 @@ class Block(nn.Module):
         self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         if self.plain and kernels.takes_layer(x, keys, values, self.feed_forward.w2.weight):
-            return kernels.layer(x, cos, sin, input_pos, keys, values, *self.weights(), self.norm1.eps)  # the same
+            return kernels.layer(x, cos, sin, input_pos, keys, values, *self.weights(), self.norm1.eps)
         x = x + self.attention(self.norm1(x), cos, sin, input_pos, keys, values)
         return x + self.feed_forward(self.norm2(x))
 
