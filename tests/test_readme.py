@@ -1,11 +1,13 @@
 """The front page keeps its word: links lead somewhere, code runs, and what it says works now does."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+from llamabook.bench.report import paired
 from llamabook.cli.app import Commands, app
 from llamabook.pocket.questions import grade
 
@@ -75,10 +77,23 @@ def test_what_works_now_is_there():
 
 
 def test_each_row_says_when():
-    assert all(re.fullmatch(r"now|now, \d|\d|\d, \d|when|-+|state|coming|in part: not measured yet|complete", when.strip()) for *_, when in ROWS)
+    assert all(re.fullmatch(r"now|now, \d|\d|\d, \d|when|-+|state|coming|complete", when.strip()) for *_, when in ROWS)
 
 
 def test_no_output_block_is_empty():
     """A block after an `output:` comment is filled from a real run."""
     for name, block in re.findall(r"<!-- output: (.+?) -->\n```\n(.*?)```", README, re.S):
         assert block.strip(), name
+
+
+def test_the_speeds_are_those_of_the_file():
+    """Row for row as it was measured: median, spread, share of the memory, and the paired ratio."""
+    rows = json.loads((ROOT / "ch04_kv_cache_and_compile/speed/peers.json").read_text(encoding="utf-8"))
+    table = README.split("### How fast it decodes")[1].split("| our engine, ")[1].split("\n\n")[0].splitlines()
+    assert len(table) == len(rows)
+    for row, line in zip(rows, table):
+        speeds = [row[f"tokens_per_s{end}"] for end in ("", "_min", "_max")]
+        expected = "| {:.1f} ({:.1f} to {:.1f}) | {:.0f} % |".format(*speeds, 100 * row["share_of_bandwidth"])
+        assert expected in line
+        if row["mode"] != "static":
+            assert "{:.2f} ({:.2f} to {:.2f})".format(*paired(rows, "static", row["mode"])) in line
