@@ -507,7 +507,7 @@ MISTAKES = {
     "scores are not scaled": ("const float scale = 1 / std::sqrt(float(d));", "const float scale = 1;"),
     "the rest of a row is left out": ("if (k < K) {", "if (k > K) {"),
     "a part of a row takes the place of those before": ("std::memcpy(sum, sums, sizeof sum);", "std::memset(sum, 0, sizeof sum);"),
-    "the last rows of a matrix are left out": ("for (; n < bottom; n++) tile", "for (; n > bottom; n++) tile"),
+    "the last rows of a matrix are left out": ("for (; n < bottom; n++, sum", "for (; n > bottom; n++, sum"),
     "x is packed row by row": ("How::number(x[t * K + k + i])", "How::number(x[k * T + t * How::count + i])"),
     "neighbours are the same one twice": ("even + 1)", "even)"),
     "the last keys are read where the first stand": ("rest + (j - s) * d, keys + j * key_stride", "rest + (j - s) * d, keys + (j - s) * key_stride"),
