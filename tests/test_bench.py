@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch import nn
 
 from llamabook import llama2, llama3, pocket
@@ -22,6 +23,7 @@ from llamabook.bench.job import Job, bytes_per_step, check_modes, config_of, wei
 from llamabook.bench.rotation import BenchError, Process
 from llamabook.cli import main
 from llamabook.errors import ContextError, InputError
+from llamabook.fast import kernels
 from llamabook.llama2 import Llama2Model
 from llamabook.llama3 import Llama3Model
 
@@ -245,7 +247,8 @@ def test_no_process_is_left_when_one_dies(tiny, tmp_path):
 
 # ---------------------------------------------------------------- guests
 
-LLAMA_CPP = Path(__file__).parents[1] / "tools" / "peers" / "llama_cpp_generate.py"
+PEERS = Path(__file__).parents[1] / "tools" / "peers"
+LLAMA_CPP = PEERS / "llama_cpp_generate.py"
 
 
 def test_a_guest_without_its_program_is_one_line(monkeypatch):
@@ -253,6 +256,32 @@ def test_a_guest_without_its_program_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "llama_cpp", None)  # as if it weren't installed
     with pytest.raises(SystemExit, match=r"^llama_cpp is not installed: pip install .*llama-cpp-python"):
         runpy.run_path(str(LLAMA_CPP))
+
+
+class Calls(TorchDispatchMode):
+    """Notes the names of all operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_guest_on_torchs_operators_calls_none_of_ours(tiny, monkeypatch):
+    for name in ("linear", "decode_attention", "takes_layer"):
+        monkeypatch.setattr(kernels, name, getattr(kernels, name))  # given back after this test
+    called = {}
+    for kind in (worker.Static, runpy.run_path(str(PEERS / "stock_torch.py"))["Stock"]):
+        memory = worker.Memory()
+        made = kind("static", JOB, memory)
+        memory.done.set()
+        with Calls() as calls:
+            made.run(3)
+        called[kind.__name__] = {name for name in calls.names if name.startswith("llamabook::")}
+    assert not called["Stock"] and bool(called["Static"]) == kernels.ready()
 
 
 @pytest.mark.parametrize("config", [TINY, llama3.LLAMA32_CONFIG_1B, llama3.LLAMA31_CONFIG_8B, llama2.LLAMA2_CONFIG_7B])

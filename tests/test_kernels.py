@@ -448,6 +448,15 @@ def test_a_layer_that_does_not_fit_is_refused():
         wrong = [weight if i != place else weight[:-16] for i, weight in enumerate(weights)]
         with pytest.raises(RuntimeError, match="don't fit"):
             kernels.layer(*inputs, *wrong, eps)
+    for place in (0, 3):
+        wrong = [weight if i != place else weight.bfloat16() for i, weight in enumerate(weights)]
+        with pytest.raises(RuntimeError, match="don't fit"):
+            kernels.layer(*inputs, *wrong, eps)
+    for place in (1, 2):
+        for bad in (inputs[place][..., :-2], inputs[place].double()):
+            wrong = [part if i != place else bad for i, part in enumerate(inputs)]
+            with pytest.raises(RuntimeError, match="cos and sin must be"):
+                kernels.layer(*wrong, *weights, eps)
     x, keys, values, w2 = inputs[0], *inputs[4:], weights[5]
     assert kernels.takes_layer(x, keys, values, w2)
     for bad in ((x.expand(9, -1, -1), keys, values, w2), (x, keys[..., :8], values, w2), (x, keys, values, w2[:, :-1]),

@@ -74,6 +74,11 @@ def _ours(*tensors: Tensor) -> bool:
     )
 
 
+def _heads(*tensors: Tensor) -> bool:
+    """Whether the C++ can read the last dimension of these, head_dim: some whole vectors, without gaps."""
+    return all(tensor.shape[-1] % 16 == 0 and tensor.shape[-1] <= 256 and tensor.stride(-1) == 1 for tensor in tensors)
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x W^T, as `F.linear`: x (..., K) and weight (N, K), of the same dtype, to (..., N)."""
     rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
@@ -92,9 +97,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, input_pos: Tensor)
     """
     if (
         q.shape[1] <= MAX_QUERIES
-        and q.shape[3] % 16 == 0
-        and q.shape[3] <= 256
-        and all(tensor.stride(-1) == 1 for tensor in (q, keys, values))
+        and _heads(q, keys, values)
         and _ours(q, keys, values)
     ):
         return torch.ops.llamabook.decode_attention(q, keys, values, input_pos)
@@ -109,9 +112,7 @@ def takes_layer(x: Tensor, keys: Tensor, values: Tensor, w2: Tensor) -> bool:
     return (
         0 < x.shape[0] * x.shape[1] <= MAX_ROWS
         and w2.shape[0] % 16 == w2.shape[1] % 16 == 0
-        and keys.shape[3] % 16 == 0
-        and keys.shape[3] <= 256
-        and keys.stride(-1) == values.stride(-1) == 1
+        and _heads(keys, values)
         and _ours(x, keys, values, w2)
     )
 

@@ -84,10 +84,11 @@ static inline Floats load(const float* from) {
 static inline Floats load(const bf16* from) {
 #ifdef __AVX512F__  // one instruction, for which GCC takes five
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
-#endif
+#else
   Halves x;
   std::memcpy(&x, from, sizeof x);
   return (Floats)(__builtin_convertvector(x, Words) << 16);
+#endif
 }
 
 static inline void store(Floats x, float* to) { std::memcpy(to, &x, sizeof x); }
@@ -367,6 +368,7 @@ static void join(const Part& first, int64_t chunks, int64_t step, int64_t d, flo
 template <typename How, typename E>
 static void attend_all(const Tensor& q, const Tensor& keys, const Tensor& values, const int64_t* positions, Tensor& y) {
   const int64_t B = q.size(0), T = q.size(1), H = q.size(2), d = q.size(3), G = keys.size(1);
+  if (d % How::count) return attend_all<Wide, E>(q, keys, values, positions, y);
   const int64_t each = H / G, M = T * each;  // queries that share keys
   const E *Q = (const E*)q.data_ptr(), *K = (const E*)keys.data_ptr(), *V = (const E*)values.data_ptr();
   E* out = (E*)y.data_ptr();
@@ -444,7 +446,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& keys, const Tensor& value
   if (q.scalar_type() == ScalarType::Float)
     attend_all<Wide, float>(q, keys, values, positions, y);
   else
-    (d % Half::count ? attend_all<Wide, bf16> : attend_all<Half, bf16>)(q, keys, values, positions, y);
+    attend_all<Half, bf16>(q, keys, values, positions, y);
   return y;
 }
 
@@ -523,7 +525,7 @@ static void layer_of(Tensor& x, const Tensor& cos, const Tensor& sin, const Tens
     for (int64_t g = 0; g < G; g++, from += d)
       std::copy(from, from + d, V + row / T * values.stride(0) + g * values.stride(1) + positions[row] * values.stride(2));
   }
-  (d % How::count ? attend_all<Wide, E> : attend_all<How, E>)(q, keys, values, positions, context);
+  attend_all<How, E>(q, keys, values, positions, context);
   product((const E*)context.data_ptr(), weights.wo, y.data());
   add(y, X);
   normalize(X, (const E*)weights.norm2.data_ptr(), eps, rows, D, normal.data());
@@ -537,13 +539,20 @@ static void layer_of(Tensor& x, const Tensor& cos, const Tensor& sin, const Tens
 Tensor layer(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& input_pos, Tensor keys, Tensor values,
              const Tensor& norm1, const Tensor& wqkv, const Tensor& wo, const Tensor& norm2, const Tensor& w13,
              const Tensor& w2, double eps) {
+  STD_TORCH_CHECK(x.dim() == 3, "x has 3 dimensions");
   check_attention(x.size(0), x.size(1), keys, values, input_pos, x.scalar_type());
   const int64_t D = x.size(2), G = keys.size(1), d = keys.size(3), H = wqkv.size(0) / d - 2 * G;
   const auto is = [&](const Tensor& weight, int64_t N, int64_t K) {
     return weight.size(0) == N && weight.size(1) == K && weight.stride(1) == 1 && weight.scalar_type() == x.scalar_type();
   };
+  const auto is_norm = [&](const Tensor& weight) {
+    return weight.numel() == D && weight.is_contiguous() && weight.scalar_type() == x.scalar_type();
+  };
+  for (const Tensor* table : {&cos, &sin})
+    STD_TORCH_CHECK(table->numel() == x.size(0) * x.size(1) * d && table->scalar_type() == ScalarType::Float,
+                    "cos and sin must be (B, T, 1, d), float32");
   STD_TORCH_CHECK(is(wqkv, (H + 2 * G) * d, D) && H > 0 && H % G == 0 && is(wo, D, H * d) && is(w13, 2 * w2.size(1), D) &&
-                      is(w2, D, w2.size(1)) && norm1.size(0) == D && norm2.size(0) == D && D % 16 == 0 && w2.size(1) % 16 == 0,
+                      is(w2, D, w2.size(1)) && is_norm(norm1) && is_norm(norm2) && D % 16 == 0 && w2.size(1) % 16 == 0,
                   "the weights of the layer don't fit each other");
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), D});
   torch::stable::copy_(y, x);
