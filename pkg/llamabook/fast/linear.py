@@ -25,5 +25,9 @@ class Linear(nn.Module):
         kept = isinstance(weight, nn.Parameter)  # a tied head stays the embedding's very parameter
         self.weight = weight if kept else nn.Parameter(weight, requires_grad=False)
 
+    def for_layer(self) -> list[Tensor]:
+        """What `kernels.layer` reads of it; nothing from a class that computes otherwise."""
+        return [self.weight] if type(self) is Linear else []
+
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight)

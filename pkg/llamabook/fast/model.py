@@ -66,17 +66,21 @@ class Block(nn.Module):
         self.attention = Attention(cfg, linear)
         self.norm2 = RMSNorm(cfg["emb_dim"], eps, cfg["dtype"])
         self.feed_forward = FeedForward(cfg, linear)
-        self.plain = linear is Linear
+        self.heads, self.hidden = cfg["n_heads"], cfg["hidden_dim"]
 
-    def weights(self) -> tuple[Tensor, ...]:
+    def matrices(self) -> list[list[Tensor]]:
+        """What `kernels.layer` reads of wqkv, wo, w13 and w2; nothing of one that it does not know."""
         a, f = self.attention, self.feed_forward
-        return self.norm1.weight, a.wqkv.weight, a.wo.weight, self.norm2.weight, f.w13.weight, f.w2.weight
+        return [getattr(linear, "for_layer", list)() for linear in (a.wqkv, a.wo, f.w13, f.w2)]
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        if self.plain and kernels.takes_layer(x, keys, values, self.feed_forward.w2.weight):
-            return kernels.layer(x, cos, sin, input_pos, keys, values, *self.weights(), self.norm1.eps)
+        matrices = self.matrices()
+        if kernels.takes_layer(x, keys, values, matrices, self.hidden):
+            norms, exact = (self.norm1.weight, self.norm2.weight), getattr(self.attention.wqkv, "exact", True)
+            sizes = self.heads, self.hidden, self.norm1.eps
+            return kernels.layer(x, cos, sin, input_pos, keys, values, norms, matrices, *sizes, exact)
         x = x + self.attention(self.norm1(x), cos, sin, input_pos, keys, values)
         return x + self.feed_forward(self.norm2(x))
 

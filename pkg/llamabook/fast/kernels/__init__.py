@@ -1,6 +1,7 @@
 """Kernels for decoding on a CPU, written by hand: C++ where it can be built, torch's own operators elsewhere.
 
 - `linear(x, weight)` is `F.linear` for any number of rows, and reads the weights at the speed of the memory for few.
+- `quantized_linear(x, weight, N)` is x W^T for a weight in 8 or 4 bits, as `fast.quantize` packs it.
 - `decode_attention(q, keys, values, input_pos)` attends from a few positions to a cache of many.
 - `layer(...)` is a whole layer for few tokens, both of those and what lies between them, in one call.
 - `read_all(x)` reads the memory of a tensor once: the speed limit of the others.
@@ -14,6 +15,7 @@ import ctypes
 import os
 import sys
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +23,10 @@ from torch.nn import functional as F
 
 from llamabook.fast.kernels import build
 
-__all__ = ["MAX_QUERIES", "MAX_ROWS", "decode_attention", "large_pages", "layer", "linear", "read_all", "ready", "takes_layer"]
+__all__ = [
+    "MAX_QUERIES", "MAX_ROWS", "decode_attention", "large_pages", "layer", "linear", "quantized_linear", "read_all", "ready",
+    "rounds_activations", "takes_layer",
+]  # fmt: skip
 
 MAX_ROWS = 8  # with more, F.linear's blocks reuse what they read, and win
 MAX_QUERIES = 8  # new positions per row of the batch; prefill has more, and other kernels
@@ -54,6 +59,7 @@ def _load() -> bool:
         print(f"llamabook: no CPU kernels, so torch's own operators decode, slower: {reason}", file=sys.stderr)
         return False
     torch.library.register_fake("llamabook::linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
+    torch.library.register_fake("llamabook::quantized_linear", lambda x, weight, N, exact: x.new_empty(x.shape[0], N))
     torch.library.register_fake("llamabook::decode_attention", lambda q, keys, values, input_pos: torch.empty_like(
         q, memory_format=torch.contiguous_format))  # fmt: skip
     torch.library.register_fake("llamabook::layer", lambda x, *others: torch.empty_like(
@@ -88,6 +94,22 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
+@torch.compiler.assume_constant_result
+def rounds_activations() -> bool:
+    """Whether `quantized_linear` rounds x to 8 bits on this CPU, unless `exact` is asked for: it can with AVX-512 VNNI."""
+    return ready() and torch.ops.llamabook.rounds()
+
+
+def quantized_linear(x: Tensor, weight: list[Tensor], N: int, exact: bool = False) -> Tensor:
+    """x W^T for x (..., K), float32 or bfloat16, and a weight of N rows in codes, to (..., N).
+
+    weight: codes, scales and perhaps zeros, as `fast.quantize.packing.Blocks` lays them out. Where the CPU multiplies 8-bit numbers
+    fastest, x is rounded to them, with a scale for each 32; `exact` leaves x as it is. To be called where `ready`.
+    """
+    y = torch.ops.llamabook.quantized_linear(x.reshape(-1, x.shape[-1]), weight, N, exact)
+    return y.reshape(*x.shape[:-1], N)
+
+
 def decode_attention(q: Tensor, keys: Tensor, values: Tensor, input_pos: Tensor) -> Tensor:
     """softmax(q K^T / sqrt(d)) V, where the query at position p of a row sees the slots 0..p of that row.
 
@@ -107,27 +129,32 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, input_pos: Tensor)
     return context.transpose(1, 2)  # (B, H, T, d) -> (B, T, H, d)
 
 
-def takes_layer(x: Tensor, keys: Tensor, values: Tensor, w2: Tensor) -> bool:
-    """Whether `layer` computes for these tokens (B, T, D), cache and w2 (D, F); where not, the layer's parts do."""
+def takes_layer(x: Tensor, keys: Tensor, values: Tensor, matrices: Sequence[list[Tensor]], F: int) -> bool:
+    """Whether `layer` computes for these tokens (B, T, D), cache, matrices and F hidden numbers; where not, its parts do."""
     return (
         0 < x.shape[0] * x.shape[1] <= MAX_ROWS
-        and w2.shape[0] % 16 == w2.shape[1] % 16 == 0
+        and x.shape[2] % 16 == F % 16 == 0
+        and all(matrices)
         and _heads(keys, values)
-        and _ours(x, keys, values, w2)
+        and _ours(x, keys, values, *(matrix[0] for matrix in matrices if len(matrix) == 1))
     )
 
 
 def layer(
-    x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor,
-    norm1: Tensor, wqkv: Tensor, wo: Tensor, norm2: Tensor, w13: Tensor, w2: Tensor, eps: float,
+    x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor, norms: tuple[Tensor, Tensor],
+    matrices: Sequence[list[Tensor]], heads: int, F: int, eps: float, exact: bool = False,
 ) -> Tensor:  # fmt: skip
     """What `fast.model.Block` computes of these weights, for few tokens; the cache has theirs in it afterwards.
 
     Between its products a layer does so little that calling operators for it takes longer than doing it: while
     the weights stream by, all that Python needs for a call is driven out of the processor's caches.
-    Shape: as `Block`. To be called where `takes_layer`.
+    matrices: wqkv, wo, w13 and w2, each a list of the weight alone or of what `quantized_linear` takes.
+    Shape: as `Block`, with `heads` query heads and F hidden numbers. To be called where `takes_layer`.
     """
-    return torch.ops.llamabook.layer(x, cos, sin, input_pos, keys, values, norm1, wqkv, wo, norm2, w13, w2, eps)
+    (norm1, norm2), (wqkv, wo, w13, w2) = norms, matrices
+    return torch.ops.llamabook.layer(
+        x, cos, sin, input_pos, keys, values, norm1, wqkv, wo, norm2, w13, w2, heads, F, eps, exact
+    )
 
 
 def read_all(x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -249,6 +250,237 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
   }
   return y;
 }
+
+// ---- y = x W^T of a weight in 8 or 4 bits
+
+constexpr int TALL = 16;  // rows of the weight in a block
+constexpr int GROUP = 32;  // columns; a group of weights holds one such group or several
+
+typedef float Column __attribute__((vector_size(4 * TALL)));  // a number for each row of a block
+typedef int32_t Quads __attribute__((vector_size(4 * TALL)));  // four codes for each
+
+// A weight as Python packs it: of each row of a block four codes in turn, so that one vector meets four numbers of x in
+// all its lanes. w = scale * (code - middle) + zero, with a scale and a zero for each row and group of columns. In 4 bits a
+// byte has two codes, the first in its lower half; so of eight columns the even ones come first, then the odd ones.
+struct Codes {
+  const uint8_t* codes;  // (blocks, K / 4, TALL, 4), or half of that
+  const bf16 *scales, *zeros;  // (blocks, groups, TALL); zeros may be missing
+  int bits;
+  int64_t blocks, groups, K;  // K with what fills up the last group
+
+  explicit Codes(const std::vector<Tensor>& parts)
+      : codes((const uint8_t*)parts[0].data_ptr()), scales((const bf16*)parts[1].data_ptr()),
+        zeros(parts.size() > 2 ? (const bf16*)parts[2].data_ptr() : nullptr), bits(parts[0].dim() == 3 ? 8 : 4),
+        blocks(parts[1].size(0)), groups(parts[1].size(1)), K(parts[0].numel() / blocks * 8 / (TALL * bits)) {}
+  int64_t bytes() const { return K * TALL * bits / 8; }  // of a block
+};
+
+static inline Column load_column(const bf16* from) {
+  Column x;
+  for (int i = 0; i < TALL; i += LANES) {
+    const Floats part = load(from + i);
+    std::memcpy((char*)&x + i * sizeof(float), &part, sizeof part);
+  }
+  return x;
+}
+
+// x as it is, in float32
+struct Exact {
+  struct Four { float number[4]; };
+  typedef Column Sum;
+  static inline Sum start(int32_t) { return Sum{}; }
+  static inline Sum add(Sum sum, Quads codes, int middle, Four x) {
+    for (int j = 0; j < 4; j++)
+      sum += (__builtin_convertvector(codes >> 8 * j & 255, Column) - float(middle)) * x.number[j];
+    return sum;
+  }
+  static inline Column finish(Sum sum) { return sum; }
+
+  static void take(const float* x, int, Four* to, int64_t step, int32_t& offset, float& scale, float& sum) {
+    sum = 0;
+    for (int i = 0; i < GROUP; i++) sum += x[i], to[i / 4 * step].number[i % 4] = x[i];
+    offset = 0, scale = 1;
+  }
+};
+
+#ifdef __AVX512VNNI__
+// x rounded to 8 bits, with a scale for each GROUP: one instruction multiplies 64 codes and adds up fours of products. It
+// takes codes from 0 up, so each sum starts at what is then too much: -middle times the sum of x.
+struct Rounded {
+  typedef int32_t Four;
+  typedef Quads Sum;
+  static inline Sum start(int32_t offset) { return Sum{} + offset; }
+  static inline Sum add(Sum sum, Quads codes, int, Four x) {
+    return (Quads)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(x));
+  }
+  static inline Column finish(Sum sum) { return __builtin_convertvector(sum, Column); }
+
+  static void take(const float* x, int middle, Four* to, int64_t step, int32_t& offset, float& scale, float& sum) {
+    const Floats a = load(x), b = load(x + LANES), first = a < 0.0f ? -a : a, second = b < 0.0f ? -b : b;
+    const float most = _mm512_reduce_max_ps((__m512)(first > second ? first : second));
+    scale = most / 127 + add_up(a * 0.0f + b * 0.0f);  // no number if one of x is none
+    const __m512 turns = _mm512_set1_ps(most > 0 ? 127 / most : 0.0f);
+    const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)a, turns));
+    const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)b, turns));
+    const int total = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
+    Four four[GROUP / 4];
+    _mm_storeu_si128((__m128i*)four, _mm512_cvtepi32_epi8(low));
+    _mm_storeu_si128((__m128i*)(four + 4), _mm512_cvtepi32_epi8(high));
+    for (int i = 0; i < GROUP / 4; i++) to[i * step] = four[i];
+    offset = -middle * total, sum = scale * total;
+  }
+};
+#else
+typedef Exact Rounded;
+#endif
+
+// Of each eight of GROUP numbers the even ones, then the odd ones
+static inline void even_first(float* x) {
+  float in[GROUP];
+  std::memcpy(in, x, sizeof in);
+  for (int i = 0; i < GROUP; i += 8)
+    for (int j = 0; j < 4; j++) x[i + j] = in[i + 2 * j], x[i + 4 + j] = in[i + 2 * j + 1];
+}
+
+// T rows of x as the blocks meet them: four numbers of each row in turn, and what belongs to each GROUP
+template <typename How>
+struct Few {
+  std::vector<typename How::Four> fours;  // (K / 4, T)
+  std::vector<int32_t> offsets;  // (K / GROUP, T)
+  std::vector<float> scales, sums;
+
+  template <typename E>
+  void take(const E* x, int64_t T, int64_t K, int64_t padded, int bits) {
+    const int64_t count = padded / GROUP * T;
+    fours.resize(padded / 4 * T), offsets.resize(count), scales.resize(count), sums.resize(count);
+    for (int64_t t = 0; t < T; t++)
+      for (int64_t k = 0; k < padded; k += GROUP) {
+        const int64_t i = k / GROUP * T + t;
+        float number[GROUP] = {};
+        if (k + GROUP <= K)
+          for (int j = 0; j < GROUP; j += LANES) store(load(x + t * K + k + j), number + j);
+        else
+          for (int64_t j = 0; k + j < K; j++) number[j] = widen(x[t * K + k + j]);
+        if (bits == 4) even_first(number);
+        How::take(number, 1 << (bits - 1), &fours[k / 4 * T + t], T, offsets[i], scales[i], sums[i]);
+      }
+  }
+};
+
+// y (T, TALL) = the products of one block of the weight with T rows of x
+template <typename How, int BITS, int T>
+static void multiply_block(const Codes& w, int64_t block, const Few<How>& x, float* y) {
+  constexpr int MIDDLE = 1 << (BITS - 1);
+  constexpr int64_t AHEAD = 4096;  // bytes
+  const char* codes = (const char*)w.codes + block * w.bytes();
+  const bf16 *scales = w.scales + block * w.groups * TALL, *zeros = w.zeros ? w.zeros + block * w.groups * TALL : nullptr;
+  const typename How::Four* four = x.fours.data();
+  const int64_t per_group = w.K / w.groups / GROUP;
+  Column sum[T] = {};
+  for (int64_t g = 0, i = 0; g < w.groups; g++) {
+    Column part[T] = {}, zero = {};
+    if (zeros) zero = load_column(zeros + g * TALL);
+    for (const int64_t end = i + per_group * T; i < end; i += T) {
+      typename How::Sum dot[T];
+      for (int t = 0; t < T; t++) dot[t] = How::start(x.offsets[i + t]);
+      for (int k = 0; k < GROUP; k += 8) {
+        Quads first, second;
+        if (T > 1) __builtin_prefetch(codes + AHEAD, 0, 2);
+        std::memcpy(&first, codes, sizeof first);
+        if (BITS == 8) {
+          if (T > 1) __builtin_prefetch(codes + AHEAD + 64, 0, 2);
+          std::memcpy(&second, codes + sizeof first, sizeof second);
+        } else {
+          second = first >> 4 & 0x0f0f0f0f;
+          first &= 0x0f0f0f0f;
+        }
+        codes += BITS * 16;
+        for (int t = 0; t < T; t++) dot[t] = How::add(dot[t], first, MIDDLE, *four++);
+        for (int t = 0; t < T; t++) dot[t] = How::add(dot[t], second, MIDDLE, *four++);
+      }
+      for (int t = 0; t < T; t++) part[t] += How::finish(dot[t]) * x.scales[i + t];
+      if (zeros)
+        for (int t = 0; t < T; t++) sum[t] += zero * x.sums[i + t];
+    }
+    const Column scale = load_column(scales + g * TALL);
+    for (int t = 0; t < T; t++) sum[t] += part[t] * scale;
+  }
+  std::memcpy(y, sum, sizeof sum);
+}
+
+// y (rows, N) of x (rows, K) and the codes
+template <typename How, typename E>
+static void multiply_codes(const E* x, const Codes& w, E* y, int64_t rows, int64_t N, int64_t K) {
+  static_assert(ROWS == 8);
+  typedef decltype(&multiply_block<How, 8, 1>) Multiply;
+  constexpr Multiply of[2][ROWS] = {
+      {multiply_block<How, 8, 1>, multiply_block<How, 8, 2>, multiply_block<How, 8, 3>, multiply_block<How, 8, 4>,
+       multiply_block<How, 8, 5>, multiply_block<How, 8, 6>, multiply_block<How, 8, 7>, multiply_block<How, 8, 8>},
+      {multiply_block<How, 4, 1>, multiply_block<How, 4, 2>, multiply_block<How, 4, 3>, multiply_block<How, 4, 4>,
+       multiply_block<How, 4, 5>, multiply_block<How, 4, 6>, multiply_block<How, 4, 7>, multiply_block<How, 4, 8>}};
+  const int64_t tiles = (rows + ROWS - 1) / ROWS;
+  const auto tall = [&](int64_t tile) { return std::min<int64_t>(ROWS, rows - tile * ROWS); };
+  std::vector<Few<How>> few(tiles);
+  const auto take = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) few[i].take(x + i * ROWS * K, tall(i), K, w.K, w.bits);
+  };
+  if (tiles > 1) parallel_for(0, tiles, 1, take);
+  else take(0, tiles);
+
+  const int64_t share = std::max<int64_t>(1, SHARE / w.bytes());  // blocks, which all tiles go over before the next ones
+  const int64_t takers = std::min<int64_t>(torch::stable::get_num_threads(), (w.blocks + share - 1) / share);
+  std::atomic<int64_t> next{0};
+  parallel_for(0, takers, 1, [&](int64_t, int64_t) {
+    float sums[ROWS * TALL];
+    for (int64_t first; (first = next.fetch_add(share)) < w.blocks;)
+      for (int64_t tile = 0; tile < tiles; tile++)
+        for (int64_t block = first; block < std::min(first + share, w.blocks); block++) {
+          of[w.bits == 4][tall(tile) - 1](w, block, few[tile], sums);
+          for (int64_t t = 0; t < tall(tile); t++)
+            for (int64_t r = 0; r < std::min<int64_t>(TALL, N - block * TALL); r++)
+              store(sums[t * TALL + r], y + (tile * ROWS + t) * N + block * TALL + r);
+        }
+  });
+}
+
+static void check_codes(const std::vector<Tensor>& weight, int64_t N, int64_t K) {
+  const bool three = weight.size() == 3, two = weight.size() == 2;
+  STD_TORCH_CHECK(two || three, "a weight in codes has codes, scales and perhaps zeros");
+  STD_TORCH_CHECK((weight[0].dim() == 3 || weight[0].dim() == 4) && weight[0].scalar_type() == ScalarType::Byte &&
+                      weight[0].is_contiguous() && weight[1].dim() == 3 && weight[1].size(2) == TALL &&
+                      weight[1].size(0) > 0 && weight[0].size(0) == weight[1].size(0) && weight[1].size(1) > 0,
+                  "codes and scales must be in blocks, as Python packs them");
+  for (size_t i = 1; i < weight.size(); i++)
+    STD_TORCH_CHECK(weight[i].scalar_type() == ScalarType::BFloat16 && weight[i].is_contiguous() &&
+                        weight[i].numel() == weight[1].numel(),
+                    "scales and zeros must be alike, in bfloat16");
+  const Codes w(weight);
+  STD_TORCH_CHECK(w.K % (GROUP * w.groups) == 0 && w.K >= K && (w.blocks - 1) * TALL < N && N <= w.blocks * TALL,
+                  "the codes don't fit the product");
+}
+
+template <typename E>
+static void multiply_any(const E* x, const Codes& w, E* y, int64_t rows, int64_t N, int64_t K, bool exact) {
+  exact ? multiply_codes<Exact>(x, w, y, rows, N, K) : multiply_codes<Rounded>(x, w, y, rows, N, K);
+}
+
+// x (rows, K), float32 or bf16, and a weight of N rows in codes, to (rows, N); exact: without rounding x
+Tensor quantized_linear(const Tensor& x, std::vector<Tensor> weight, int64_t N, bool exact) {
+  STD_TORCH_CHECK(x.dim() == 2, "x must be (rows, K)");
+  check_codes(weight, N, x.size(1));
+  const Tensor in = torch::stable::contiguous(x);
+  Tensor y = torch::stable::new_empty(x, {x.size(0), N});
+  const Codes w(weight);
+  if (x.scalar_type() == ScalarType::Float) {
+    multiply_any((const float*)in.data_ptr(), w, (float*)y.data_ptr(), x.size(0), N, x.size(1), exact);
+  } else {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "the dtype must be float32 or bfloat16");
+    multiply_any((const bf16*)in.data_ptr(), w, (bf16*)y.data_ptr(), x.size(0), N, x.size(1), exact);
+  }
+  return y;
+}
+
+bool rounds() { return !std::is_same_v<Exact, Rounded>; }  // whether this CPU has a path that rounds x
 
 // ---- attention from a few positions to a cache of many
 
@@ -495,27 +727,30 @@ static void add(const std::vector<E>& y, E* x) {
   for (size_t i = 0; i < y.size(); i += LANES) store(load(x + i) + load(&y[i]), x + i);
 }
 
+typedef std::vector<Tensor> Matrix;  // the weight (N, K) alone, or its codes, scales and perhaps zeros
+
 struct Weights {
-  const Tensor &norm1, &wqkv, &wo, &norm2, &w13, &w2;
+  const Tensor &norm1, &norm2;
+  const Matrix &wqkv, &wo, &w13, &w2;
+  bool exact;
 };
 
 // The layer that model.py's Block is, rounded at the same places. x becomes its output.
 template <typename How, typename E>
 static void layer_of(Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& input_pos, Tensor& keys, Tensor& values,
-                     const Weights& weights, float eps) {
-  const int64_t B = x.size(0), T = x.size(1), D = x.size(2), rows = B * T, G = keys.size(1), d = keys.size(3);
-  const int64_t F = weights.w2.size(1), all = weights.wqkv.size(0) / d, H = all - 2 * G;
+                     const Weights& weights, int64_t H, int64_t F, float eps) {
+  const int64_t B = x.size(0), T = x.size(1), D = x.size(2), rows = B * T, G = keys.size(1), d = keys.size(3), all = H + 2 * G;
   E *X = (E*)x.data_ptr(), *K = (E*)keys.data_ptr(), *V = (E*)values.data_ptr();
   Tensor q = torch::stable::new_empty(x, {B, T, H, d}), context = torch::stable::new_empty(x, {B, T, H, d});
   std::vector<E> normal(rows * D), heads(rows * all * d), y(rows * D), both(rows * 2 * F), hidden(rows * F);
   const int64_t* positions = (const int64_t*)input_pos.data_ptr();
-  const auto product = [&](const E* from, const Tensor& weight, E* to) {
-    const int64_t N = weight.size(0), width = weight.size(1);
-    multiply_all<How>(from, (const E*)weight.data_ptr(), to, rows, N, width, weight.stride(0));
+  const auto product = [&](const E* from, const Matrix& weight, E* to, int64_t N, int64_t width) {
+    if (weight.size() > 1) return multiply_any(from, Codes(weight), to, rows, N, width, weights.exact);
+    multiply_all<How>(from, (const E*)weight[0].data_ptr(), to, rows, N, width, weight[0].stride(0));
   };
 
   normalize(X, (const E*)weights.norm1.data_ptr(), eps, rows, D, normal.data());
-  product(normal.data(), weights.wqkv, heads.data());
+  product(normal.data(), weights.wqkv, heads.data(), all * d, D);
   for (int64_t row = 0; row < rows; row++) {
     const float *c = (const float*)cos.data_ptr() + row * d, *s = (const float*)sin.data_ptr() + row * d;
     const E* from = heads.data() + row * all * d;
@@ -526,24 +761,27 @@ static void layer_of(Tensor& x, const Tensor& cos, const Tensor& sin, const Tens
       std::copy(from, from + d, V + row / T * values.stride(0) + g * values.stride(1) + positions[row] * values.stride(2));
   }
   attend_all<How, E>(q, keys, values, positions, context);
-  product((const E*)context.data_ptr(), weights.wo, y.data());
+  product((const E*)context.data_ptr(), weights.wo, y.data(), D, H * d);
   add(y, X);
   normalize(X, (const E*)weights.norm2.data_ptr(), eps, rows, D, normal.data());
-  product(normal.data(), weights.w13, both.data());
+  product(normal.data(), weights.w13, both.data(), 2 * F, D);
   gate(both.data(), rows, F, hidden.data());
-  product(hidden.data(), weights.w2, y.data());
+  product(hidden.data(), weights.w2, y.data(), D, F);
   add(y, X);
 }
 
-// x (B, T, D), cos and sin (B, T, 1, d), input_pos (B, T), keys and values (B, G, S, d), to (B, T, D)
+// x (B, T, D), cos and sin (B, T, 1, d), input_pos (B, T), keys and values (B, G, S, d), to (B, T, D), of H heads and F hidden
 Tensor layer(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& input_pos, Tensor keys, Tensor values,
-             const Tensor& norm1, const Tensor& wqkv, const Tensor& wo, const Tensor& norm2, const Tensor& w13,
-             const Tensor& w2, double eps) {
+             const Tensor& norm1, Matrix wqkv, Matrix wo, const Tensor& norm2, Matrix w13, Matrix w2, int64_t H, int64_t F,
+             double eps, bool exact) {
   STD_TORCH_CHECK(x.dim() == 3, "x has 3 dimensions");
   check_attention(x.size(0), x.size(1), keys, values, input_pos, x.scalar_type());
-  const int64_t D = x.size(2), G = keys.size(1), d = keys.size(3), H = wqkv.size(0) / d - 2 * G;
-  const auto is = [&](const Tensor& weight, int64_t N, int64_t K) {
-    return weight.size(0) == N && weight.size(1) == K && weight.stride(1) == 1 && weight.scalar_type() == x.scalar_type();
+  const int64_t D = x.size(2), G = keys.size(1), d = keys.size(3);
+  const auto check = [&](const Matrix& weight, int64_t N, int64_t K) {
+    if (weight.size() != 1) return check_codes(weight, N, K);
+    STD_TORCH_CHECK(weight[0].dim() == 2 && weight[0].size(0) == N && weight[0].size(1) == K && weight[0].stride(1) == 1 &&
+                        weight[0].scalar_type() == x.scalar_type(),
+                    "the weights of the layer don't fit each other");
   };
   const auto is_norm = [&](const Tensor& weight) {
     return weight.numel() == D && weight.is_contiguous() && weight.scalar_type() == x.scalar_type();
@@ -551,18 +789,18 @@ Tensor layer(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor
   for (const Tensor* table : {&cos, &sin})
     STD_TORCH_CHECK(table->numel() == x.size(0) * x.size(1) * d && table->scalar_type() == ScalarType::Float,
                     "cos and sin must be (B, T, 1, d), float32");
-  STD_TORCH_CHECK(is(wqkv, (H + 2 * G) * d, D) && H > 0 && H % G == 0 && is(wo, D, H * d) && is(w13, 2 * w2.size(1), D) &&
-                      is(w2, D, w2.size(1)) && is_norm(norm1) && is_norm(norm2) && D % 16 == 0 && w2.size(1) % 16 == 0,
+  STD_TORCH_CHECK(H > 0 && H % G == 0 && F > 0 && D % 16 == 0 && F % 16 == 0 && is_norm(norm1) && is_norm(norm2),
                   "the weights of the layer don't fit each other");
+  check(wqkv, (H + 2 * G) * d, D), check(wo, D, H * d), check(w13, 2 * F, D), check(w2, D, F);
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), D});
   torch::stable::copy_(y, x);
   const Tensor c = torch::stable::contiguous(cos), s = torch::stable::contiguous(sin);
   const Tensor pos = torch::stable::contiguous(input_pos);
-  const Weights weights{norm1, wqkv, wo, norm2, w13, w2};
+  const Weights weights{norm1, norm2, wqkv, wo, w13, w2, exact};
   if (x.scalar_type() == ScalarType::Float)
-    layer_of<Wide, float>(y, c, s, pos, keys, values, weights, eps);
+    layer_of<Wide, float>(y, c, s, pos, keys, values, weights, H, F, eps);
   else
-    layer_of<Half, bf16>(y, c, s, pos, keys, values, weights, eps);
+    layer_of<Half, bf16>(y, c, s, pos, keys, values, weights, H, F, eps);
   return y;
 }
 
@@ -597,14 +835,21 @@ Tensor read_all(const Tensor& x) {
 STABLE_TORCH_LIBRARY_FRAGMENT(llamabook, m) {
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor keys, Tensor values, Tensor input_pos) -> Tensor");
+  m.def("quantized_linear(Tensor x, Tensor[] weight, int N, bool exact) -> Tensor");
   m.def("layer(Tensor x, Tensor cos, Tensor sin, Tensor input_pos, Tensor(a!) keys, Tensor(b!) values, Tensor norm1, "
-        "Tensor wqkv, Tensor wo, Tensor norm2, Tensor w13, Tensor w2, float eps) -> Tensor");
+        "Tensor[] wqkv, Tensor[] wo, Tensor norm2, Tensor[] w13, Tensor[] w2, int H, int F, float eps, bool exact) -> Tensor");
+  m.def("rounds() -> bool");
   m.def("read_all(Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(llamabook, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
   m.impl("layer", TORCH_BOX(&layer));
   m.impl("read_all", TORCH_BOX(&read_all));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(llamabook, CompositeExplicitAutograd, m) {
+  m.impl("rounds", TORCH_BOX(&rounds));
 }

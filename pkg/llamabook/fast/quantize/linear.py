@@ -1,0 +1,50 @@
+"""From the notebook ch05_quantization_speculative/02_int4_in_groups.ipynb.
+
+Written by tools/export.py: edit the notebook, not this file, then run `make export`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from llamabook.fast.quantize.packing import Blocks, choose
+from llamabook.fast.quantize.weight import Quantized, Scheme
+
+
+class QuantizedLinear(nn.Module):
+    """x W^T without a bias, of a weight in few bits: it stands where `fast.linear.Linear` does.
+
+    Args: the widths K and N; dtype, not used: x has its own; scheme, by which `set_weight` quantizes; exact, whether x
+    is never rounded to 8 bits, which the CPU's fast kernel does.
+    Shape: (..., K) to (..., N).
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, dtype: torch.dtype | None = None,
+        scheme: Scheme | None = None, exact: bool = False,
+    ):  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features, self.scheme, self.exact = in_features, out_features, scheme, exact
+        self.count = 0  # of tensors
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Quantize the matrix (N, K) and keep that. Raises InputError."""
+        if weight.device.type != "meta":
+            self.set_quantized(self.scheme(weight.detach()))
+
+    def set_quantized(self, weight: Quantized) -> None:
+        """Take a quantized matrix (N, K), packed for the device that it is on."""
+        self.way = choose(weight, self.exact)
+        tensors = self.way.pack(weight)
+        for i, tensor in enumerate(tensors):
+            self.register_buffer(f"tensor{i}", tensor, persistent=False)
+        self.count = len(tensors)
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, f"tensor{i}") for i in range(self.count)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.way(x, self.tensors())
+
+    def for_layer(self) -> list[Tensor]:
+        """What `kernels.layer` reads of it; nothing where it is packed for another operator."""
+        return self.tensors() if isinstance(self.way, Blocks) else []
