@@ -10,8 +10,8 @@ In an environment of its own, where it is compiled for the CPU at hand:
     python -m llamabook bench --shape llama3.2-1b --modes static,static_compiled \\
         --peer "llama.cpp=.venv-llama-cpp/bin/python tools/peers/llama_cpp_generate.py"
 
-The weights lie in a GGUF file, written by the first run and kept for the next. --type q8_0 or q4_0 quantizes them; what
-the table says of bytes then still counts the job's dtype. Keys and values are in float16, which is llama.cpp's choice.
+The weights lie in a GGUF file, written by the first run and kept for the next. --type q8_0 or q4_0 quantizes them, all of
+them. Keys and values are in float16, which is llama.cpp's choice.
 """
 
 import argparse
@@ -85,6 +85,16 @@ class Guest(worker.Subject):
         size = max(math.prod(shape) for shape in tensors(self.config).values())
         size = min(size, self.file.stat().st_size // dtype.itemsize)  # a quantized file may be smaller
         return torch.from_file(str(self.file), shared=False, size=size, dtype=dtype)
+
+    def weight_bytes(self) -> int:
+        if self.type is None:
+            return super().weight_bytes()
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.type.upper()]]
+        shapes = [shape for name, shape in tensors(self.config).items() if name != "token_embd" or self.tied()]
+        return sum(math.prod(s) * size // block if len(s) > 1 else 4 * s[0] for s in shapes)
+
+    def tied(self) -> bool:
+        return self.config.get("tie_embeddings", False)
 
     def run(self, n: int) -> list[float]:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self.model), False)

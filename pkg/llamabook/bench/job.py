@@ -13,6 +13,7 @@ MODES = {
 }
 COMPILED = "_compiled"
 UNCACHED = ("regular", "fast")
+PRECISIONS = ("int8", "int4", "int4.g64", "int4.g128", "int4.g256")  # of the engine's weights; int4 has groups of 32
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Job:
     batch_size: int
     prompt_tokens: int
     max_new_tokens: int
+    check_tokens: int = 0  # how many tokens at once are timed against one at a time; 0: none
 
     def check(self, config: dict) -> None:
         """Raise InputError or ContextError, in one line, before any process starts."""
@@ -33,6 +35,8 @@ class Job:
             value = getattr(self, name)
             if value < least:
                 raise InputError(f"--{name} is {value}: give {least} or more")
+        if not 0 <= self.check_tokens <= self.prompt_tokens + self.max_new_tokens:
+            raise InputError(f"--check_tokens is {self.check_tokens}: give 0 up to as many as the text has")
         length = self.prompt_tokens + self.max_new_tokens
         if length > config["context_length"]:
             raise ContextError(
@@ -44,12 +48,19 @@ class Job:
         return asdict(self)
 
 
+def parts_of(mode: str) -> tuple[str, str | None]:
+    """A mode's name in MODES, and the precision of its weights, one of PRECISIONS, or None for the job's dtype."""
+    plain = mode.removesuffix(COMPILED)
+    return next(((plain.removesuffix(f"_{p}"), p) for p in PRECISIONS if plain.endswith(f"_{p}")), (plain, None))
+
+
 def check_modes(words: str) -> list[str]:
-    """The modes in a list like "regular,static_compiled". Raises InputError for one that does not exist."""
+    """The modes in a list like "regular,static_int8_compiled". Raises InputError for one that does not exist."""
     modes = [word.strip() for word in words.split(",") if word.strip()]
     for mode in modes:
-        if mode.removesuffix(COMPILED) not in MODES:
-            known = ", ".join(f"{mode}[{COMPILED}]" for mode in MODES)
+        name, precision = parts_of(mode)
+        if name not in MODES or (precision and name != "static"):
+            known = ", ".join(f"{mode}[{COMPILED}]" for mode in (*MODES, *(f"static_{p}" for p in PRECISIONS)))
             raise InputError(f"there is no mode {mode!r}: this version has {known}")
     if not modes or len(set(modes)) < len(modes):
         raise InputError(f"--modes is {words!r}: name each mode once, with commas between")
@@ -106,14 +117,14 @@ def weight_bytes(config: dict) -> int:
     return (config["n_layers"] * layer + D + V * D) * config["dtype"].itemsize
 
 
-def bytes_per_step(mode: str, job: Job, config: dict) -> float:
+def bytes_per_step(mode: str, job: Job, config: dict, weights: int | None = None) -> float:
     """What a decoding step must read and write at least, on average over the steps that are timed.
 
-    The weights once for all rows; in a cached mode, for each row, the slots so far, the one that is written and read
-    in this step included.
+    The weights once for all rows, `weights` bytes (None: all in the job's dtype); in a cached mode, for each row, the
+    slots so far, the one that is written and read in this step included.
     """
-    read = weight_bytes(config)
-    if mode.removesuffix(COMPILED) in UNCACHED:
+    read = weight_bytes(config) if weights is None else weights
+    if parts_of(mode)[0] in UNCACHED:
         return read
     steps = job.max_new_tokens - 1  # step i reads the prompt and i new tokens, 1 <= i <= steps
     slots = job.prompt_tokens + (1 + steps) / 2

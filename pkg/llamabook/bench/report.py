@@ -5,8 +5,13 @@ import math
 import statistics
 from pathlib import Path
 
-from llamabook.bench.job import COMPILED, UNCACHED, Job, bytes_per_step
+from llamabook.bench.job import UNCACHED, Job, bytes_per_step, parts_of
 from llamabook.files import replacing
+
+
+SPEEDS = (  # of which a row has the median, least and most
+    "tokens_per_s", "prefill_tokens_per_s", "gb_per_s", "read_bandwidth_gb_per_s", "share_of_bandwidth", "check_cost",
+)  # fmt: skip
 
 
 def rows_of(results: list[dict], job: Job, config: dict, rounds_in: str) -> list[dict]:
@@ -14,13 +19,16 @@ def rows_of(results: list[dict], job: Job, config: dict, rounds_in: str) -> list
     rows = []
     for result in results:
         mode, start, cold = result["mode"], result["start"], result["cold"]
-        rounds = [one_round(mode, measured, job, config) for measured in result["rounds"]]
+        step = bytes_per_step(mode, job, config, start.get("weight_bytes"))
+        rounds = [one_round(step, measured, job) for measured in result["rounds"]]
         row = {"mode": mode}
-        for name in ("tokens_per_s", "prefill_tokens_per_s", "gb_per_s", "read_bandwidth_gb_per_s", "share_of_bandwidth"):
-            values = [one[name] for one in rounds]
+        for name in SPEEDS:
+            values = [one[name] for one in rounds if name in one]
+            if not values:
+                continue
             row |= {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
         row |= {
-            "bytes_per_token": bytes_per_step(mode, job, config) / job.batch_size,
+            "bytes_per_token": step / job.batch_size,
             "first_token_s": (cold or start)["first_token_s"],
             "compile_s": (cold or start)["compile_s"],
             "first_token_warm_s": start["first_token_s"],
@@ -37,10 +45,10 @@ def rows_of(results: list[dict], job: Job, config: dict, rounds_in: str) -> list
     return rows
 
 
-def one_round(mode: str, measured: dict, job: Job, config: dict) -> dict:
+def one_round(step_bytes: float, measured: dict, job: Job) -> dict:
     """Speeds of one timed run."""
     steps_per_s = 1 / measured["step_s"]
-    moved = bytes_per_step(mode, job, config) * steps_per_s / 1e9
+    moved = step_bytes * steps_per_s / 1e9
     limit = statistics.mean(measured["read_gb_per_s"])
     return {
         "round": measured["round"],
@@ -49,6 +57,7 @@ def one_round(mode: str, measured: dict, job: Job, config: dict) -> dict:
         "gb_per_s": moved,
         "read_bandwidth_gb_per_s": limit,
         "share_of_bandwidth": moved / limit,
+        **({"check_cost": measured["check_cost"]} if "check_cost" in measured else {}),
     }
 
 
@@ -78,7 +87,8 @@ def paired(rows: list[dict], mode: str, base: str, what: str = "tokens_per_s") -
 def table(rows: list[dict]) -> str:
     """The rows for a terminal; speeds as median (least-most), beside the ratio to the first mode."""
     head = ("mode", "tokens/s", "times the first", "prefill/s", "first s", "compile s", "GB/token", "GB/s", "of memory", "peak GB")
-    lines = [head]
+    checked = rows[0].get("check_tokens", 0)
+    lines = [(*head, f"cost of {checked}") if checked else head]
     for row in rows:
         ratio, low, high = paired(rows, row["mode"], rows[0]["mode"])
         lines.append((
@@ -92,6 +102,7 @@ def table(rows: list[dict]) -> str:
             f"{row['gb_per_s']:.1f}",
             f"{row['share_of_bandwidth']:.0%}",
             f"{row['peak_memory_gb']:.2f}",
+            *([f"{row['check_cost']:.2f}" if "check_cost" in row else "-"] if checked else []),
         ))  # fmt: skip
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines)
@@ -113,7 +124,7 @@ def draw(rows: list[dict]):
         ours = row["mode"].startswith("static")
         axes.barh(place, speed, color=COLORS["llama" if ours else "gpt"], height=0.6)
         axes.plot([low, high], [place, place], color=COLORS["floor"], lw=1.2, marker="|")
-        if row["mode"].removesuffix(COMPILED) not in UNCACHED:
+        if parts_of(row["mode"])[0] not in UNCACHED:
             limit = speed / row["share_of_bandwidth"]
             axes.plot([limit, limit], [place - 0.4, place + 0.4], color=COLORS["floor"], ls="--", lw=1.5)
             if speed / 2 < limit < 2 * high:

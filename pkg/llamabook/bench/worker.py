@@ -14,11 +14,12 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from llamabook.bench.job import COMPILED, Job, config_of
+from llamabook.bench.job import COMPILED, Job, config_of, parts_of, weight_bytes
 
 ANSWER = "@@"
 FIRST_TOKENS = 3  # of the first run: prefill, a first decoding step, and one that nothing new has to be built for
 PROBES = 5
+CHECKS = 7  # steps of each kind, in turn
 
 
 def main(guest: "type[Subject] | None" = None) -> None:
@@ -26,7 +27,7 @@ def main(guest: "type[Subject] | None" = None) -> None:
     sys.stdout.reconfigure(line_buffering=True)
     order = json.loads(sys.stdin.readline())
     with Memory() as memory:
-        kind = guest or KINDS[order["mode"].removesuffix(COMPILED)]
+        kind = guest or KINDS[parts_of(order["mode"])[0]]
         subject = kind(order["mode"], Job(**order["job"]), memory)
         answer(subject.start())
         for line in sys.stdin:
@@ -46,7 +47,7 @@ class Subject:
     def __init__(self, mode: str, job: Job, memory: "Memory"):
         import torch
 
-        self.job, self.memory, self.compiled = job, memory, mode.endswith(COMPILED)
+        self.job, self.memory, self.compiled, self.precision = job, memory, mode.endswith(COMPILED), parts_of(mode)[1]
         self.device = torch.device(job.device)
         if self.compiled:  # what compiling brings along is no cost of the model's
             torch.compile(lambda x: x + 1)(torch.ones(1, device=self.device))
@@ -73,6 +74,7 @@ class Subject:
             "first_token_s": first[1] - first[0],
             "compile_s": max(0.0, (first[-1] - first[0]) - (again[-1] - again[0])) if self.compiled else 0.0,
             "matmul_gflop_per_s": self.matmul_speed(),
+            "weight_bytes": self.weight_bytes(),
             "versions": versions(self.device) | {name: version(name) for name in self.packages},
             "machine": machine(self.device),
         }
@@ -88,7 +90,16 @@ class Subject:
             "step_s": (times[-1] - times[1]) / steps,
             "read_gb_per_s": [before, after],
             "peak_memory_gb": self.memory.peak_gb(),
+            **self.check(),
         }
+
+    def check(self) -> dict:
+        """{"check_cost": what a step with `check_tokens` tokens in each row costs, in steps with one}, if it was asked."""
+        return {}
+
+    def weight_bytes(self) -> int:
+        """What one forward reads of the weights."""
+        return weight_bytes(self.config)
 
     def bandwidth(self) -> float:
         """GB/s of reading the `largest` matrix, the median of a few times."""
@@ -171,13 +182,57 @@ class Static(Subject):
     """The engine."""
 
     def make(self):
-        from llamabook import fast
-        from llamabook.fast.model import Transformer
+        from functools import partial
 
+        from llamabook import fast
+        from llamabook.checkpoint import load_model
+        from llamabook.fast.linear import Linear
+        from llamabook.fast.model import Transformer, from_llama
+        from llamabook.fast.quantize import QuantizedLinear, scheme_of
+
+        linear = partial(QuantizedLinear, scheme=scheme_of(self.precision)) if self.precision else Linear
+        if self.precision:
+            self.config["tie_embeddings"] = False  # the table stays in the job's dtype
         if self.job.checkpoint_path is not None:
-            return fast.load(Path(self.job.checkpoint_path), dtype=self.config["dtype"], device=self.device)[0]
+            path, to = Path(self.job.checkpoint_path), {"dtype": self.config["dtype"], "device": self.device}
+            return from_llama(load_model(path), linear, **to) if self.precision else fast.load(path, **to)[0]
         with self.device:
-            return fill(Transformer(self.config)).eval()
+            return fill(Transformer(self.config, linear)).eval()
+
+    def linears(self) -> list:
+        """The model's matrices."""
+        return [self.model.head, *(m for m in self.model.blocks.modules() if hasattr(m, "for_layer"))]
+
+    def weight_bytes(self) -> int:
+        tensors = [tensor for linear in self.linears() for tensor in (*linear.parameters(), *linear.buffers())]
+        norms = [p for name, p in self.model.named_parameters() if "norm" in name]
+        return sum(tensor.nbytes for tensor in (*tensors, *norms))
+
+    def largest(self):
+        tensors = [tensor for linear in self.linears() for tensor in (*linear.parameters(), *linear.buffers())]
+        return max(tensors, key=lambda tensor: tensor.nbytes).detach()
+
+    def check(self) -> dict:
+        import statistics
+
+        import torch
+
+        from llamabook.fast.cache import StaticCache
+        from llamabook.fast.decode import forward
+
+        job, seconds = self.job, {1: [], self.job.check_tokens: []}
+        if not job.check_tokens:
+            return {}
+        end = job.prompt_tokens + job.max_new_tokens
+        cache = StaticCache(self.model.cfg, job.batch_size, end, self.device)
+        for _ in range(CHECKS):
+            for count in seconds:
+                idx = self.prompt[:, :1].expand(-1, count)
+                input_pos = torch.arange(end - count, end, device=self.device).expand(job.batch_size, -1)
+                start = self.now()
+                forward(self.model, idx, input_pos, cache, compiled=self.compiled)
+                seconds[count].append(self.now() - start)
+        return {"check_cost": statistics.median(seconds[job.check_tokens]) / statistics.median(seconds[1])}
 
     def run(self, n: int) -> list[float]:
         from llamabook import fast
@@ -205,12 +260,34 @@ def fill(model):
         if parameter.dim() == 1:
             parameter.fill_(1.0)
             continue
-        parameter.data = kernels.large_pages(torch.empty_like(parameter))
-        flat, pattern = parameter.view(-1), numbers.to(parameter)
-        whole = len(flat) // len(pattern) * len(pattern)
-        flat[:whole].view(-1, len(pattern)).copy_(pattern.expand(whole // len(pattern), -1))
-        flat[whole:].copy_(pattern[: len(flat) - whole])
+        parameter.data = repeat(numbers.to(parameter), kernels.large_pages(torch.empty_like(parameter)))
+    words = torch.randint(-(2**31), 2**31, (1_000_003,), generator=torch.Generator().manual_seed(1)).int()
+    for module in model.modules():
+        if hasattr(module, "set_quantized"):
+            module.set_quantized(random_codes(module, words))
     return model
+
+
+def repeat(pattern, into):
+    """`into`, filled with `pattern` over and over."""
+    flat = into.view(-1)
+    whole = len(flat) // len(pattern) * len(pattern)
+    flat[:whole].view(-1, len(pattern)).copy_(pattern.expand(whole // len(pattern), -1))
+    flat[whole:].copy_(pattern[: len(flat) - whole])
+    return into
+
+
+def random_codes(linear, words):
+    """A quantized matrix for `linear`, of these words over and over, with numbers as large as those of `fill`."""
+    import torch
+
+    from llamabook.fast.quantize import Quantized
+
+    N, K, scheme = linear.out_features, linear.in_features, linear.scheme
+    groupsize = scheme.groupsize or K
+    codes = repeat(words, torch.empty(N, -(-K * scheme.bits // 32), dtype=torch.int32))
+    scales = torch.full((N, -(-K // groupsize)), 0.02 / (2**scheme.bits / 12**0.5), dtype=torch.bfloat16)
+    return Quantized(codes, scales, None, scheme.bits, groupsize, K)
 
 
 # ---- the process and the machine

@@ -354,7 +354,8 @@ def bench(
         word(
             "--modes",
             "LIST",
-            "What to compare, with commas between: regular, fast, kv_cache and static, each also with _compiled.",
+            "What to compare, with commas between: regular, fast, kv_cache and static, static_int8, static_int4 "
+            "(groups of 32; static_int4.g64 and so on), each also with _compiled.",
         ),
     ] = "regular,regular_compiled,kv_cache,kv_cache_compiled,static,static_compiled",
     device: Device = None,
@@ -362,6 +363,9 @@ def bench(
     batch_size: Annotated[int, typer.Option("--batch_size", metavar="N", help="How many texts at once.")] = 1,
     prompt_tokens: Annotated[int, typer.Option("--prompt_tokens", metavar="N", help="How long the prompt is.")] = 32,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", metavar="N", help="How many tokens follow.")] = 48,
+    check_tokens: Annotated[
+        int, typer.Option("--check_tokens", metavar="N", help="Also time steps of N tokens at once, in the engine's modes.")
+    ] = 0,
     rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="How often each mode has its turn.")] = 9,
     cold: Annotated[
         bool,
@@ -401,6 +405,7 @@ def bench(
         batch_size=batch_size,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
+        check_tokens=check_tokens,
         rounds=rounds,
         cold=cold,
         peers=tuple(peer or ()),

@@ -19,6 +19,7 @@ def compare(
     batch_size: int,
     prompt_tokens: int,
     max_new_tokens: int,
+    check_tokens: int,
     rounds: int,
     cold: bool,
     peers: tuple[str, ...],
@@ -41,6 +42,7 @@ def compare(
         batch_size=batch_size,
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
+        check_tokens=check_tokens,
     )
     config = config_of(job)
     job.check(config)
