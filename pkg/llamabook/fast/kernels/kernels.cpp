@@ -319,7 +319,7 @@ struct Rounded {
     const Floats a = load(x), b = load(x + LANES), first = a < 0.0f ? -a : a, second = b < 0.0f ? -b : b;
     const float most = _mm512_reduce_max_ps((__m512)(first > second ? first : second));
     scale = most / 127 + add_up(a * 0.0f + b * 0.0f);  // no number if one of x is none
-    const __m512 turns = _mm512_set1_ps(most > 0 ? 127 / most : 0.0f);
+    const __m512 turns = _mm512_set1_ps(most > 1e-36f ? 127 / most : 0.0f);  // less is none, and its inverse too much
     const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)a, turns));
     const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)b, turns));
     const int total = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
