@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from llamabook.fast import kernels
 from llamabook.fast.kernels import build as building
+from llamabook.fast.linear import Linear
 from llamabook.fast.model import Block
 from llamabook.llama2 import rope_tables
 
@@ -411,7 +412,7 @@ def copies(inputs, dtype):
 @pytest.mark.parametrize("sizes", LAYERS)
 def test_a_layer_is_the_sum_of_its_parts_in_float64(sizes, dtype):
     block, inputs = a_layer(*sizes, dtype)
-    assert block.plain and kernels.takes_layer(inputs[0], *inputs[4:], block.feed_forward.w2.weight)
+    assert kernels.takes_layer(inputs[0], *inputs[4:], block.matrices(), block.hidden)
     before, exact = copies(inputs, dtype), copies(inputs, torch.float64)
     expected = copy.deepcopy(block).double()(*exact)  # no kernel takes float64
     close(block(*inputs), expected, dtype, roundings=8)
@@ -425,7 +426,7 @@ def test_a_layer_in_bfloat16_rounds_where_its_parts_do(monkeypatch):
     block, inputs = a_layer(*LAYERS[1], torch.bfloat16)
     others = copies(inputs, torch.bfloat16)
     whole = block(*inputs)
-    monkeypatch.setattr(kernels, "takes_layer", lambda *tensors: False)
+    monkeypatch.setattr(kernels, "takes_layer", lambda *inputs: False)
     parts = block(*others)
     assert (whole != parts).float().mean() < 0.02 and torch.equal(inputs[4], others[4])
 
@@ -438,30 +439,76 @@ def test_a_row_of_a_layer_does_not_know_the_others(dtype):
     assert torch.equal(block(*inputs), torch.cat(alone))
 
 
+def what_fits(sizes, dtype=torch.float32):
+    """All arguments of `kernels.layer`, by name, for a layer that it takes."""
+    block, inputs = a_layer(*sizes, dtype)
+    names = ("x", "cos", "sin", "input_pos", "keys", "values")
+    return dict(zip(names, inputs)) | {
+        "norms": (block.norm1.weight, block.norm2.weight), "matrices": block.matrices(), "heads": block.heads,
+        "F": block.hidden, "eps": block.norm1.eps,
+    }  # fmt: skip
+
+
+def others(items, new):
+    """For each place, `items` with that one changed."""
+    return [[new(item) if i == place else item for i, item in enumerate(items)] for place in range(len(items))]
+
+
 @needs_kernels
 def test_a_layer_that_does_not_fit_is_refused():
-    block, inputs = a_layer(*LAYERS[0], torch.float32)
-    weights, eps = list(block.weights()), block.norm1.eps
-    with pytest.raises(RuntimeError, match="outside a cache of 20"):
-        kernels.layer(*inputs[:3], inputs[3] + 20, *inputs[4:], *weights, eps)
-    for place in range(6):
-        wrong = [weight if i != place else weight[:-16] for i, weight in enumerate(weights)]
-        with pytest.raises(RuntimeError, match="don't fit"):
-            kernels.layer(*inputs, *wrong, eps)
-    for place in (0, 3):
-        wrong = [weight if i != place else weight.bfloat16() for i, weight in enumerate(weights)]
-        with pytest.raises(RuntimeError, match="don't fit"):
-            kernels.layer(*inputs, *wrong, eps)
-    for place in (1, 2):
-        for bad in (inputs[place][..., :-2], inputs[place].double()):
-            wrong = [part if i != place else bad for i, part in enumerate(inputs)]
-            with pytest.raises(RuntimeError, match="cos and sin must be"):
-                kernels.layer(*wrong, *weights, eps)
-    x, keys, values, w2 = inputs[0], *inputs[4:], weights[5]
-    assert kernels.takes_layer(x, keys, values, w2)
-    for bad in ((x.expand(9, -1, -1), keys, values, w2), (x, keys[..., :8], values, w2), (x, keys, values, w2[:, :-1]),
-                (x, keys.half(), values, w2), (x.to("meta"), keys, values, w2)):  # fmt: skip
-        assert not kernels.takes_layer(*bad)
+    fits = what_fits(LAYERS[0])
+    kernels.layer(**fits)
+    refusals = [("outside a cache of 20", {"input_pos": fits["input_pos"] + 20})]
+    for new in (lambda weight: weight[:-16], lambda weight: weight.bfloat16()):
+        refusals += [("don't fit", {"norms": norms}) for norms in others(fits["norms"], new)]
+        refusals += [("don't fit", {"matrices": m}) for m in others(fits["matrices"], lambda matrix: [new(matrix[0])])]
+    refusals += [("don't fit", {"matrices": m}) for m in others(fits["matrices"], lambda matrix: [matrix[0][:, :-16]])]
+    refusals += [("has codes", {"matrices": m}) for m in others(fits["matrices"], lambda matrix: [])]
+    refusals += [("in blocks", {"matrices": m}) for m in others(fits["matrices"], lambda matrix: matrix * 2)]
+    refusals += [("don't fit", {"heads": heads}) for heads in (0, -4, 2, 3, 6)]
+    refusals += [("don't fit", {"F": F_}) for F_ in (0, -16, 96, 111)]
+    for name in ("cos", "sin"):
+        refusals += [("cos and sin must be", {name: bad}) for bad in (fits[name][..., :-2], fits[name].double())]
+    for words, wrong in refusals:
+        with pytest.raises(RuntimeError, match=words):
+            kernels.layer(**fits | wrong)
+
+
+@needs_kernels
+def test_a_layer_takes_few_rows_whole_vectors_and_known_matrices():
+    fits = what_fits(LAYERS[0])
+
+    def takes(**other):
+        given = fits | other
+        return kernels.takes_layer(*(given[name] for name in ("x", "keys", "values", "matrices", "F")))
+
+    x, keys = fits["x"], fits["keys"]
+    assert takes() and takes(x=x.expand(8, -1, -1)) and takes(x=x.expand(2, 4, -1))
+    assert not takes(x=x.expand(9, -1, -1)) and not takes(x=x[:, :0]) and not takes(x=x[..., :-1])
+    assert not takes(keys=keys[..., :8]) and not takes(keys=keys.half()) and not takes(x=x.to("meta"))
+    assert not takes(F=fits["F"] - 1)
+    for new in (lambda matrix: [], lambda matrix: [matrix[0].bfloat16()]):
+        assert not any(takes(matrices=matrices) for matrices in others(fits["matrices"], new))
+
+
+@needs_kernels
+def test_matrices_of_another_class_are_left_to_it(monkeypatch):
+    """A class that says nothing of `kernels.layer`, or computes something else than `Linear`, does its own products."""
+    block, inputs = a_layer(*LAYERS[1], torch.float32)
+    expected = block(*copies(inputs, torch.float32))
+
+    class Half(Linear):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    half = Half(*reversed(block.feed_forward.w2.weight.shape))
+    half.set_weight(block.feed_forward.w2.weight * 2)
+    silent = torch.nn.Linear(*reversed(half.weight.shape), bias=False).requires_grad_(False)
+    silent.weight = block.feed_forward.w2.weight
+    monkeypatch.setattr(kernels, "layer", lambda *inputs: pytest.fail("one of the matrices is unknown"))
+    for other in (half, silent):
+        block.feed_forward.w2 = other
+        close(block(*copies(inputs, torch.float32)), expected.double(), torch.float32)
 
 
 # ---------------------------------------------------------------- memory

@@ -68,18 +68,20 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(cfg, linear)
         self.heads, self.hidden = cfg["n_heads"], cfg["hidden_dim"]
 
+    def linears(self) -> list[nn.Module]:
+        return [self.attention.wqkv, self.attention.wo, self.feed_forward.w13, self.feed_forward.w2]
+
     def matrices(self) -> list[list[Tensor]]:
-        """What `kernels.layer` reads of wqkv, wo, w13 and w2; nothing of one that it does not know."""
-        a, f = self.attention, self.feed_forward
-        return [getattr(linear, "for_layer", list)() for linear in (a.wqkv, a.wo, f.w13, f.w2)]
+        """What `kernels.layer` reads of each of the linears; nothing of one that it does not know."""
+        return [getattr(linear, "for_layer", list)() for linear in self.linears()]
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         matrices = self.matrices()
         if kernels.takes_layer(x, keys, values, matrices, self.hidden):
-            norms, exact = (self.norm1.weight, self.norm2.weight), getattr(self.attention.wqkv, "exact", True)
-            sizes = self.heads, self.hidden, self.norm1.eps
+            norms, sizes = (self.norm1.weight, self.norm2.weight), (self.heads, self.hidden, self.norm1.eps)
+            exact = any(getattr(linear, "exact", False) for linear in self.linears())
             return kernels.layer(x, cos, sin, input_pos, keys, values, norms, matrices, *sizes, exact)
         x = x + self.attention(self.norm1(x), cos, sin, input_pos, keys, values)
         return x + self.feed_forward(self.norm2(x))
