@@ -24,6 +24,7 @@ from llamabook.bench.rotation import BenchError, Process
 from llamabook.cli import main
 from llamabook.errors import ContextError, InputError
 from llamabook.fast import kernels
+from llamabook.fast.quantize import packing
 from llamabook.llama2 import Llama2Model
 from llamabook.llama3 import Llama3Model
 
@@ -55,6 +56,46 @@ def test_the_weights_of_a_step_are_those_of_the_model(name, config):
     expected = sum(p.nbytes for p in model.parameters()) - (0 if tied else model.tok_emb.weight.nbytes)
     assert weight_bytes({"n_kv_groups": config["n_heads"], **config}) == expected
     assert tied == (name in ("1B", "3B", "tiny"))
+
+
+@pytest.mark.parametrize("mode, name, precision", [
+    ("static", "static", None), ("static_compiled", "static", None), ("static_int8", "static", "int8"),
+    ("static_int4_compiled", "static", "int4"), ("static_int4.g128", "static", "int4.g128"), ("regular", "regular", None),
+    ("kv_cache_compiled", "kv_cache", None), ("llama.cpp_q8_0", "llama.cpp_q8_0", None),
+])  # fmt: skip
+def test_a_mode_says_how_precise_its_weights_are(mode, name, precision):
+    assert jobs.parts_of(mode) == (name, precision)
+
+
+@pytest.mark.parametrize("mode, bits", [("static_int8", 8), ("static_int4", 4 + 16 / 32), ("static_int4.g64", 4 + 16 / 64)])
+def test_few_bits_are_counted_as_they_lie_in_memory(mode, bits, monkeypatch):
+    config = TINY | {"emb_dim": 256, "hidden_dim": 512, "n_heads": 16, "vocab_size": 64}
+    monkeypatch.setattr(jobs, "shapes", lambda: {"tiny": config})
+    matrices = weight_bytes(config) // 4 - (2 * config["n_layers"] + 1) * 256  # numbers, without the norms
+    scales = 0 if bits < 8 else 2 * (config["n_layers"] * (16 * 16 + 4 * 16 + 256 + 1024 + 256) + 64)  # one a row
+    expected = matrices * bits / 8 + scales + (2 * config["n_layers"] + 1) * 256 * 4
+    assert subject(mode).weight_bytes() == expected
+    assert subject("static").weight_bytes() == weight_bytes(config)
+
+
+@pytest.mark.parametrize("mode", ["static", "static_int8", "static_int4_compiled"])
+def test_random_codes_make_numbers_of_the_same_size(mode, tiny):
+    made = subject(mode)
+    for linear in made.linears():
+        x = torch.eye(linear.in_features) if mode != "static" else torch.eye(linear.weight.shape[1])
+        assert 0.01 < linear(x).std() < 0.03
+    assert made.largest().nbytes == max(
+        tensor.nbytes for linear in made.linears() for tensor in (*linear.parameters(), *linear.buffers())
+    )
+
+
+def test_what_checking_costs_is_measured_in_steps(tiny):
+    made = subject("static", check_tokens=3)
+    widths, forward = [], made.model.forward
+    made.model.forward = lambda idx, *others: widths.append(idx.shape[1]) or forward(idx, *others)
+    found = made.round()
+    assert found["check_cost"] > 0 and widths[-2 * worker.CHECKS :] == [1, 3] * worker.CHECKS
+    assert "check_cost" not in subject("static").round() and "check_cost" not in subject("kv_cache", check_tokens=3).round()
 
 
 def test_the_published_numbers():
@@ -90,7 +131,9 @@ def test_the_interval_of_a_median(n, low, high):
 
 def test_modes():
     assert check_modes("regular, static_compiled") == ["regular", "static_compiled"]
-    for words in ("", "regular,regular", "slow", "static_compiled_compiled", "compiled"):
+    assert check_modes("static_int8,static_int4.g64_compiled") == ["static_int8", "static_int4.g64_compiled"]
+    wrong = ("static_compiled_compiled", "static_int3", "static_int4.g48", "regular_int8", "static_compiled_int8")
+    for words in ("", "regular,regular", "slow", "compiled", *wrong):
         with pytest.raises(InputError, match="modes|mode"):
             check_modes(words)
 
@@ -119,9 +162,9 @@ def test_shapes():
 # ---------------------------------------------------------------- one mode
 
 
-def subject(mode, job=JOB) -> worker.Subject:
+def subject(mode, job=JOB, **changes) -> worker.Subject:
     memory = worker.Memory()
-    made = worker.KINDS[mode](mode, job, memory)
+    made = worker.KINDS[jobs.parts_of(mode)[0]](mode, replace(job, **changes), memory)
     memory.done.set()
     return made
 
@@ -270,13 +313,16 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_guest_on_torchs_operators_calls_none_of_ours(tiny, monkeypatch):
+@pytest.mark.parametrize("precision", [None, "int8", "int4"])
+def test_the_guest_on_torchs_operators_calls_none_of_ours(precision, tiny, monkeypatch):
     for name in ("linear", "decode_attention", "takes_layer"):
         monkeypatch.setattr(kernels, name, getattr(kernels, name))  # given back after this test
-    called = {}
-    for kind in (worker.Static, runpy.run_path(str(PEERS / "stock_torch.py"))["Stock"]):
+    monkeypatch.setattr(packing.Blocks, "takes", packing.Blocks.takes)
+    called, stock = {}, runpy.run_path(str(PEERS / "stock_torch.py"))["Stock"]
+    stock.asked = precision
+    for kind in (worker.Static, stock):
         memory = worker.Memory()
-        made = kind("static", JOB, memory)
+        made = kind(f"static_{precision}" if precision else "static", JOB, memory)
         memory.done.set()
         with Calls() as calls:
             made.run(3)
