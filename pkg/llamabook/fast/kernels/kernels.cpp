@@ -14,6 +14,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
@@ -23,7 +24,7 @@
 #include <utility>
 #include <vector>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -52,6 +53,7 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 struct bf16 {  // the upper half of a float32
   uint16_t bits;
@@ -100,24 +102,32 @@ static inline void store(Floats x, bf16* to) {  // each as above
   std::memcpy(to, &y, sizeof y);
 }
 
-// a0 + a1, a2 + a3, ..., then the same of b
+static inline Floats sum(Floats a, Floats b) { return a + b; }
+
+static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+// a0 and a1, a2 and a3, ..., then the same of b, each two joined to one
+template <Floats (*join)(Floats, Floats) = sum>
 static inline Floats neighbours(Floats a, Floats b) {
 #ifdef __clang__
   const auto pick = [&]<int... I>(std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, 2 * I...) + __builtin_shufflevector(a, b, 2 * I + 1 ...);
+    return join(__builtin_shufflevector(a, b, 2 * I...), __builtin_shufflevector(a, b, 2 * I + 1 ...));
   };
   return pick(std::make_integer_sequence<int, LANES>());
 #else
   Ints even;
   for (int i = 0; i < LANES; i++) even[i] = 2 * i;
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+  return join(__builtin_shuffle(a, b, even), __builtin_shuffle(a, b, even + 1));
 #endif
 }
 
-static inline float add_up(Floats x) {
-  for (int n = LANES; n > 1; n /= 2) x = neighbours(x, x);
+template <Floats (*join)(Floats, Floats)>
+static inline float over_all(Floats x) {
+  for (int n = LANES; n > 1; n /= 2) x = neighbours<join>(x, x);
   return x[0];
 }
+
+static inline float add_up(Floats x) { return over_all<sum>(x); }
 
 static inline void ask_for(const void* from, int64_t bytes) {  // so that it is in the second-level cache when it is read
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch((const char*)from + at, 0, 2);
@@ -253,14 +263,13 @@ Tensor linear(const Tensor& x, const Tensor& weight) {
 
 // ---- y = x W^T of a weight in 8 or 4 bits
 
-constexpr int TALL = 16;  // rows of the weight in a block
+constexpr int TALL = 16;  // rows of the weight in a block, of which a vector holds LANES
+constexpr int PARTS = TALL / LANES;
 constexpr int GROUP = 32;  // columns; a group of weights holds one such group or several
+constexpr int MOST = std::clamp((REGISTERS - 4) / (2 * PARTS), 1, ROWS);  // rows of x whose sums stay in registers
 
-typedef float Column __attribute__((vector_size(4 * TALL)));  // a number for each row of a block
-typedef int32_t Quads __attribute__((vector_size(4 * TALL)));  // four codes for each
-
-// A weight as Python packs it: of each row of a block four codes in turn, so that one vector meets four numbers of x in
-// all its lanes. w = scale * (code - middle) + zero, with a scale and a zero for each row and group of columns. In 4 bits a
+// A weight as Python packs it: of each row of a block four codes in turn, so that the lanes of a vector meet the same four
+// numbers of x. w = scale * (code - middle) + zero, with a scale and a zero for each row and group of columns. In 4 bits a
 // byte has two codes, the first in its lower half; so of eight columns the even ones come first, then the odd ones.
 struct Codes {
   const uint8_t* codes;  // (blocks, K / 4, TALL, 4), or half of that
@@ -275,26 +284,18 @@ struct Codes {
   int64_t bytes() const { return K * TALL * bits / 8; }  // of a block
 };
 
-static inline Column load_column(const bf16* from) {
-  Column x;
-  for (int i = 0; i < TALL; i += LANES) {
-    const Floats part = load(from + i);
-    std::memcpy((char*)&x + i * sizeof(float), &part, sizeof part);
-  }
-  return x;
-}
-
 // x as it is, in float32
 struct Exact {
   struct Four { float number[4]; };
-  typedef Column Sum;
+  typedef Floats Sum;
   static inline Sum start(int32_t) { return Sum{}; }
-  static inline Sum add(Sum sum, Quads codes, int middle, Four x) {
+  template <int MIDDLE>
+  static inline Sum add(Sum sum, Words codes, Four x) {
     for (int j = 0; j < 4; j++)
-      sum += (__builtin_convertvector(codes >> 8 * j & 255, Column) - float(middle)) * x.number[j];
+      sum += (__builtin_convertvector((Ints)(codes >> 8 * j & 255), Floats) - float(MIDDLE)) * x.number[j];
     return sum;
   }
-  static inline Column finish(Sum sum) { return sum; }
+  static inline Floats finish(Sum sum) { return sum; }
 
   static void take(const float* x, int, Four* to, int64_t step, int32_t& offset, float& scale, float& sum) {
     sum = 0;
@@ -303,31 +304,55 @@ struct Exact {
   }
 };
 
-#ifdef __AVX512VNNI__
-// x rounded to 8 bits, with a scale for each GROUP: one instruction multiplies 64 codes and adds up fours of products. It
-// takes codes from 0 up, so each sum starts at what is then too much: -middle times the sum of x.
+#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
+// x rounded to 8 bits, with a scale for each GROUP, and whole numbers multiplied and added up by fours. The instructions
+// take codes from 0 up: what is too much, middle times the sum of x, each sum starts below 0. AVX2 alone has them add up
+// pairs in 16 bits, too few for codes of 8; so there a code gives its sign to x.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool SIGNED = false;
+#else
+constexpr bool SIGNED = true;
+#endif
 struct Rounded {
   typedef int32_t Four;
-  typedef Quads Sum;
+  typedef Ints Sum;
   static inline Sum start(int32_t offset) { return Sum{} + offset; }
-  static inline Sum add(Sum sum, Quads codes, int, Four x) {
-    return (Quads)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(x));
+  template <int MIDDLE>
+  static inline Sum add(Sum sum, Words codes, Four x) {
+#ifdef __AVX512VNNI__
+    return (Sum)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(x));
+#elif defined(__AVXVNNI__)
+    return (Sum)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, _mm256_set1_epi32(x));
+#else
+    __m256i w = (__m256i)codes, four = _mm256_set1_epi32(x);
+    if (MIDDLE == 128) {
+      w = (__m256i)(codes ^ 0x80808080);
+      four = _mm256_sign_epi8(four, w), w = _mm256_abs_epi8(w);
+    }
+    return sum + (Sum)_mm256_madd_epi16(_mm256_maddubs_epi16(w, four), _mm256_set1_epi16(1));
+#endif
   }
-  static inline Column finish(Sum sum) { return __builtin_convertvector(sum, Column); }
+  static inline Floats finish(Sum sum) { return __builtin_convertvector(sum, Floats); }
 
   static void take(const float* x, int middle, Four* to, int64_t step, int32_t& offset, float& scale, float& sum) {
-    const Floats a = load(x), b = load(x + LANES), first = a < 0.0f ? -a : a, second = b < 0.0f ? -b : b;
-    const float most = _mm512_reduce_max_ps((__m512)(first > second ? first : second));
-    scale = most / 127 + add_up(a * 0.0f + b * 0.0f);  // no number if one of x is none
-    const __m512 turns = _mm512_set1_ps(most > 1e-36f ? 127 / most : 0.0f);  // less is none, and its inverse too much
-    const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)a, turns));
-    const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps((__m512)b, turns));
-    const int total = _mm512_reduce_add_epi32(_mm512_add_epi32(low, high));
-    Four four[GROUP / 4];
-    _mm_storeu_si128((__m128i*)four, _mm512_cvtepi32_epi8(low));
-    _mm_storeu_si128((__m128i*)(four + 4), _mm512_cvtepi32_epi8(high));
-    for (int i = 0; i < GROUP / 4; i++) to[i * step] = four[i];
-    offset = -middle * total, sum = scale * total;
+    Floats high = {}, odd = {}, total = {};
+    for (int i = 0; i < GROUP; i += LANES) {
+      const Floats a = load(x + i), size = a < 0.0f ? -a : a;
+      high = larger(size, high), odd += a * 0.0f;
+    }
+    const float most = over_all<larger>(high);
+    const Floats turns = Floats{} + (most > 1e-36f ? 127 / most : 0.0f), magic = Floats{} + 12582912.0f;  // as above
+    int8_t codes[GROUP];
+    for (int i = 0; i < GROUP; i += LANES) {
+      const Floats near = (load(x + i) * turns + magic) - magic;
+      const Bytes code = __builtin_convertvector(__builtin_convertvector(near, Ints), Bytes);
+      std::memcpy(codes + i, &code, sizeof code);
+      total += near;
+    }
+    for (int i = 0; i < GROUP / 4; i++) std::memcpy(to + i * step, codes + 4 * i, 4);
+    scale = most / 127 + add_up(odd);  // no number if one of x is none
+    const int32_t count = odd[0] == 0.0f ? int32_t(add_up(total)) : 0;
+    offset = SIGNED && middle == 128 ? 0 : -middle * count, sum = scale * count;
   }
 };
 #else
@@ -372,38 +397,39 @@ template <typename How, int BITS, int T>
 static void multiply_block(const Codes& w, int64_t block, const Few<How>& x, float* y) {
   constexpr int MIDDLE = 1 << (BITS - 1);
   constexpr int64_t AHEAD = 4096;  // bytes
-  const char* codes = (const char*)w.codes + block * w.bytes();
+  const uint8_t* codes = w.codes + block * w.bytes();
   const bf16 *scales = w.scales + block * w.groups * TALL, *zeros = w.zeros ? w.zeros + block * w.groups * TALL : nullptr;
   const typename How::Four* four = x.fours.data();
   const int64_t per_group = w.K / w.groups / GROUP;
-  Column sum[T] = {};
-  for (int64_t g = 0, i = 0; g < w.groups; g++) {
-    Column part[T] = {}, zero = {};
-    if (zeros) zero = load_column(zeros + g * TALL);
+  Floats sum[T][PARTS] = {};
+  for (int64_t g = 0, i = 0; g < w.groups; g++, scales += TALL) {
+    Floats part[T][PARTS] = {};
     for (const int64_t end = i + per_group * T; i < end; i += T) {
-      typename How::Sum dot[T];
-      for (int t = 0; t < T; t++) dot[t] = How::start(x.offsets[i + t]);
-      for (int k = 0; k < GROUP; k += 8) {
-        Quads first, second;
-        if (T > 1) __builtin_prefetch(codes + AHEAD, 0, 2);
-        std::memcpy(&first, codes, sizeof first);
-        if (BITS == 8) {
-          if (T > 1) __builtin_prefetch(codes + AHEAD + 64, 0, 2);
-          std::memcpy(&second, codes + sizeof first, sizeof second);
-        } else {
-          second = first >> 4 & 0x0f0f0f0f;
-          first &= 0x0f0f0f0f;
+      typename How::Sum dot[T][PARTS];
+      for (int t = 0; t < T; t++)
+        for (int p = 0; p < PARTS; p++) dot[t][p] = How::start(x.offsets[i + t]);
+      for (int k = 0; k < GROUP; k += 8, codes += BITS * TALL, four += 2 * T) {
+        if (T > 1) ask_for(codes + AHEAD, BITS * TALL);
+        for (int p = 0; p < PARTS; p++) {
+          Words first, second;
+          std::memcpy(&first, codes + p * sizeof first, sizeof first);
+          if (BITS == 8)
+            std::memcpy(&second, codes + 4 * TALL + p * sizeof first, sizeof second);
+          else
+            second = first >> 4 & 0x0f0f0f0f, first &= 0x0f0f0f0f;
+          for (int t = 0; t < T; t++) dot[t][p] = How::template add<MIDDLE>(dot[t][p], first, four[t]);
+          for (int t = 0; t < T; t++) dot[t][p] = How::template add<MIDDLE>(dot[t][p], second, four[T + t]);
         }
-        codes += BITS * 16;
-        for (int t = 0; t < T; t++) dot[t] = How::add(dot[t], first, MIDDLE, *four++);
-        for (int t = 0; t < T; t++) dot[t] = How::add(dot[t], second, MIDDLE, *four++);
       }
-      for (int t = 0; t < T; t++) part[t] += How::finish(dot[t]) * x.scales[i + t];
-      if (zeros)
-        for (int t = 0; t < T; t++) sum[t] += zero * x.sums[i + t];
+      for (int t = 0; t < T; t++)
+        for (int p = 0; p < PARTS; p++) part[t][p] += How::finish(dot[t][p]) * x.scales[i + t];
+      for (int p = 0; zeros && p < PARTS; p++)
+        for (int t = 0; t < T; t++) sum[t][p] += load(zeros + g * TALL + p * LANES) * x.sums[i + t];
     }
-    const Column scale = load_column(scales + g * TALL);
-    for (int t = 0; t < T; t++) sum[t] += part[t] * scale;
+    for (int p = 0; p < PARTS; p++) {
+      const Floats scale = load(scales + p * LANES);
+      for (int t = 0; t < T; t++) sum[t][p] += part[t][p] * scale;
+    }
   }
   std::memcpy(y, sum, sizeof sum);
 }
@@ -411,18 +437,16 @@ static void multiply_block(const Codes& w, int64_t block, const Few<How>& x, flo
 // y (rows, N) of x (rows, K) and the codes
 template <typename How, typename E>
 static void multiply_codes(const E* x, const Codes& w, E* y, int64_t rows, int64_t N, int64_t K) {
-  static_assert(ROWS == 8);
-  typedef decltype(&multiply_block<How, 8, 1>) Multiply;
-  constexpr Multiply of[2][ROWS] = {
-      {multiply_block<How, 8, 1>, multiply_block<How, 8, 2>, multiply_block<How, 8, 3>, multiply_block<How, 8, 4>,
-       multiply_block<How, 8, 5>, multiply_block<How, 8, 6>, multiply_block<How, 8, 7>, multiply_block<How, 8, 8>},
-      {multiply_block<How, 4, 1>, multiply_block<How, 4, 2>, multiply_block<How, 4, 3>, multiply_block<How, 4, 4>,
-       multiply_block<How, 4, 5>, multiply_block<How, 4, 6>, multiply_block<How, 4, 7>, multiply_block<How, 4, 8>}};
-  const int64_t tiles = (rows + ROWS - 1) / ROWS;
-  const auto tall = [&](int64_t tile) { return std::min<int64_t>(ROWS, rows - tile * ROWS); };
+  const auto all = []<int... T>(std::integer_sequence<int, T...>) {
+    typedef decltype(&multiply_block<How, 8, 1>) Multiply;
+    return std::array<std::array<Multiply, MOST>, 2>{{{multiply_block<How, 8, T + 1>...}, {multiply_block<How, 4, T + 1>...}}};
+  };
+  const auto of = all(std::make_integer_sequence<int, MOST>())[w.bits == 4];
+  const int64_t tiles = (rows + MOST - 1) / MOST;
+  const auto tall = [&](int64_t tile) { return std::min<int64_t>(MOST, rows - tile * MOST); };
   std::vector<Few<How>> few(tiles);
   const auto take = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) few[i].take(x + i * ROWS * K, tall(i), K, w.K, w.bits);
+    for (int64_t i = begin; i < end; i++) few[i].take(x + i * MOST * K, tall(i), K, w.K, w.bits);
   };
   if (tiles > 1) parallel_for(0, tiles, 1, take);
   else take(0, tiles);
@@ -431,14 +455,14 @@ static void multiply_codes(const E* x, const Codes& w, E* y, int64_t rows, int64
   const int64_t takers = std::min<int64_t>(torch::stable::get_num_threads(), (w.blocks + share - 1) / share);
   std::atomic<int64_t> next{0};
   parallel_for(0, takers, 1, [&](int64_t, int64_t) {
-    float sums[ROWS * TALL];
+    float sums[MOST * TALL];
     for (int64_t first; (first = next.fetch_add(share)) < w.blocks;)
       for (int64_t tile = 0; tile < tiles; tile++)
         for (int64_t block = first; block < std::min(first + share, w.blocks); block++) {
-          of[w.bits == 4][tall(tile) - 1](w, block, few[tile], sums);
+          of[tall(tile) - 1](w, block, few[tile], sums);
           for (int64_t t = 0; t < tall(tile); t++)
             for (int64_t r = 0; r < std::min<int64_t>(TALL, N - block * TALL); r++)
-              store(sums[t * TALL + r], y + (tile * ROWS + t) * N + block * TALL + r);
+              store(sums[t * TALL + r], y + (tile * MOST + t) * N + block * TALL + r);
         }
   });
 }
@@ -567,8 +591,7 @@ static void attend(const typename How::Number* queries, const int64_t* seen, int
     for (int64_t s = std::max<int64_t>(0, seen[m]); s < padded; s++) score[s] = -INFINITE;
     Floats most = load(score);
     for (int64_t s = LANES; s < padded; s += LANES) most = load(score + s) > most ? load(score + s) : most;
-    float maximum = -INFINITE;
-    for (int i = 0; i < LANES; i++) maximum = most[i] > maximum ? most[i] : maximum;
+    const float maximum = over_all<larger>(most);
     part.maximum[m] = maximum * scale;
     Floats sum = {};
     for (int64_t s = 0; s < padded; s += LANES) {
