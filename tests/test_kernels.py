@@ -580,18 +580,21 @@ MISTAKES = {
 }  # fmt: skip
 
 
-@pytest.mark.long
-@needs_kernels
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_known_mistake_is_noticed(mistake, tmp_path):
-    """Builds the kernels with one mistake, about 3 s each, and runs the quick tests above on them."""
-    right, wrong = MISTAKES[mistake]
+def is_noticed(right, wrong, tests, tmp_path):
+    """Builds the kernels with one mistake, some seconds, and runs the quick tests of a file on them: one must fail."""
     text = building.SOURCE.read_text(encoding="utf-8")
     assert text.count(right) >= 1
     package = tmp_path / "pkg"
     subprocess.run(["cp", "-r", str(PACKAGE), str(package)], check=True)
     (package / "llamabook/fast/kernels/kernels.cpp").write_text(text.replace(right, wrong), encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(package), "LLAMABOOK_CACHE": str(tmp_path / "cache")}
-    words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", f"pythonpath={package}", "-m", "not long", __file__]
+    words = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", f"pythonpath={package}", "-m", "not long", tests]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 1 and "1 failed" in done.stdout, f"{mistake}: {done.stdout[-500:]}"
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-500:]
+
+
+@pytest.mark.long
+@needs_kernels
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_known_mistake_is_noticed(mistake, tmp_path):
+    is_noticed(*MISTAKES[mistake], __file__, tmp_path)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from llamabook.errors import LlamaBookError
 from llamabook.fast import kernels
+from llamabook.fast.quantize.int4 import GROUP_SIZES
 from llamabook.fast.quantize.weight import Quantized
 
 TALL, GROUP = 16, 32  # rows of a block, and columns that belong together, as in kernels.cpp
@@ -69,8 +70,9 @@ class Blocks(Plain):
         return [codes, *(F.pad(t, (0, 0, 0, -self.N % TALL)).unflatten(0, (-1, TALL)).mT.contiguous() for t in tables)]
 
     def __call__(self, x: Tensor, tensors: list[Tensor]) -> Tensor:
-        ours = x if x.dtype in kernels.DTYPES else x.float()
-        return kernels.quantized_linear(ours, tensors, self.N, exact=not self.rounds).to(x.dtype)
+        rows = x.reshape(-1, self.K)  # where x has another width, the result does not fit: the C++ knows only the padded one
+        rows = rows if x.dtype in kernels.DTYPES else rows.float()
+        return kernels.quantized_linear(rows, tensors, self.N, exact=not self.rounds).to(x.dtype).reshape(*x.shape[:-1], self.N)
 
 
 class Stock(Plain):
@@ -80,7 +82,10 @@ class Stock(Plain):
     def takes(like: Quantized) -> bool:
         device, (N, K) = like.words.device.type, like.shape
         if like.bits == 8:  # with K % 16 != 0 the CPU's operator reads past the end
-            return like.zeros is None and (device == "cuda" or (device == "cpu" and K % 16 == 0))
+            whole = like.zeros is None and like.groupsize >= K  # one scale a row
+            return whole and (device == "cuda" or (device == "cpu" and K % 16 == 0))
+        if like.groupsize not in GROUP_SIZES:
+            return False
         if device == "cpu":
             return N % 16 == 0 and K % like.groupsize == 0
         return device == "cuda" and N % 8 == 0 and K % max(like.groupsize, 128) == 0
@@ -110,7 +115,7 @@ class Stock(Plain):
 
     def __call__(self, x: Tensor, tensors: list[Tensor]) -> Tensor:
         codes, tables = tensors
-        rows = x.reshape(-1, self.K)
+        rows = x.reshape(-1, self.K).contiguous()
         if self.bits == 8 and x.device.type == "cpu":
             y = torch.ops.aten._weight_int8pack_mm(rows, codes, tables.to(x.dtype))
         elif self.bits == 8:
