@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import cache, partialmethod
 from itertools import groupby
 from pathlib import Path
 
@@ -213,7 +213,7 @@ def load_tasks(names: Sequence[str] = FARM) -> dict:
         raise InputError(f"no task is named: give one or more, such as {', '.join(FARM)}")
     with quiet():
         foreign = [name for name in names if name not in TASKS]
-        manager = TaskManager(include_defaults=bool(foreign))  # reading the list of the harness's own takes seconds
+        manager = manager_of(bool(foreign))
         for name in foreign:
             check_name(name, manager)
         loaded: dict = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -227,7 +227,13 @@ def load_tasks(names: Sequence[str] = FARM) -> dict:
     return loaded
 
 
-def check_name(name: str, manager) -> None:
+@cache
+def manager_of(all_tasks: bool) -> TaskManager:
+    """What loads tasks; with the names of all the harness's own, which takes seconds to read."""
+    return TaskManager(include_defaults=all_tasks)
+
+
+def check_name(name: str, manager: TaskManager) -> None:
     """Raises InputError if there is no such task."""
     if name in manager.all_tasks or (name.endswith((".yaml", ".yml")) and Path(name).is_file()):
         return
@@ -236,7 +242,7 @@ def check_name(name: str, manager) -> None:
     raise InputError(f"there is no task {name!r}: {hint}")
 
 
-def load_task(name: str, manager) -> dict:
+def load_task(name: str, manager: TaskManager) -> dict:
     """One task, or group of tasks, with its data. Raises InputError in one line if it can't be had."""
     try:
         return manager.load([TASKS[name].config() if name in TASKS else name])
