@@ -185,7 +185,6 @@ def test_where_the_largest_number_goes():
         assert scheme(torch.zeros(3, 40)).dequantize().eq(0).all()
 
 
-@pytest.mark.xfail(reason="in quantize_int4_asymmetric, the scale 1 of such a group must not get into its zero")
 def test_a_group_of_equal_numbers():
     for K in (1, 32, 40, 256):
         row = torch.tensor([[0.01], [-3.0], [7.7], [1e-20]]).expand(4, K)
@@ -222,7 +221,7 @@ def test_what_is_no_number_has_no_code(scheme):
     for bad in (torch.nan, torch.inf, -torch.inf):
         weight = random(3, 40)
         weight[1, 39] = bad
-        with pytest.raises(InputError, match="infinite or none"):
+        with pytest.raises(InputError, match="infinite"):
             scheme(weight)
 
 
@@ -473,7 +472,6 @@ def test_whatever_is_given_is_multiplied_or_refused(arguments, exact):
 
 
 @needs_kernels
-@pytest.mark.xfail(run=False, reason="ends the process: check_codes must refuse codes of no columns")
 def test_codes_of_no_columns_are_refused():
     for shape in ((1, 0, 64), (1, 1, 0, 64)):
         with pytest.raises(RuntimeError):
@@ -665,7 +663,6 @@ def test_a_quantized_linear(scheme, both):
     assert torch.equal(other(x), twin(x))
 
 
-@pytest.mark.xfail(reason="set_quantized must take away the tensors that there were before")
 def test_another_weight_leaves_nothing_of_the_last():
     linear = QuantizedLinear(64, 32)
     for scheme in (Scheme(4, 32, asymmetric=True), Scheme(8)):
@@ -806,7 +803,6 @@ def test_a_layer_of_codes_that_do_not_fit_is_refused():
 
 
 @needs_kernels
-@pytest.mark.xfail(run=False, reason="ends the process: attend_all looks for the largest of no rows")
 def test_a_layer_of_no_rows_is_refused_or_empty():
     block, inputs = a_layer(*LAYERS[1], torch.float32)
     none = [part[:0] for part in inputs]

@@ -53,7 +53,6 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 struct bf16 {  // the upper half of a float32
   uint16_t bits;
@@ -335,24 +334,21 @@ struct Rounded {
   static inline Floats finish(Sum sum) { return __builtin_convertvector(sum, Floats); }
 
   static void take(const float* x, int middle, Four* to, int64_t step, int32_t& offset, float& scale, float& sum) {
-    Floats high = {}, odd = {}, total = {};
+    Floats high = {}, odd = {};
     for (int i = 0; i < GROUP; i += LANES) {
-      const Floats a = load(x + i), size = a < 0.0f ? -a : a;
-      high = larger(size, high), odd += a * 0.0f;
+      const Floats a = load(x + i);
+      high = larger(a < 0.0f ? -a : a, high), odd += a * 0.0f;
     }
-    const float most = over_all<larger>(high);
-    const Floats turns = Floats{} + (most > 1e-36f ? 127 / most : 0.0f), magic = Floats{} + 12582912.0f;  // as above
+    const float most = over_all<larger>(high), turns = most > 1e-36f ? 127 / most : 0.0f;  // less counts as nothing
     int8_t codes[GROUP];
-    for (int i = 0; i < GROUP; i += LANES) {
-      const Floats near = (load(x + i) * turns + magic) - magic;
-      const Bytes code = __builtin_convertvector(__builtin_convertvector(near, Ints), Bytes);
-      std::memcpy(codes + i, &code, sizeof code);
-      total += near;
+    int32_t total = 0;
+    for (int i = 0; i < GROUP; i++) {
+      const int32_t code = __builtin_rintf(x[i] * turns);
+      codes[i] = code, total += code;
     }
     for (int i = 0; i < GROUP / 4; i++) std::memcpy(to + i * step, codes + 4 * i, 4);
     scale = most / 127 + add_up(odd);  // no number if one of x is none
-    const int32_t count = odd[0] == 0.0f ? int32_t(add_up(total)) : 0;
-    offset = SIGNED && middle == 128 ? 0 : -middle * count, sum = scale * count;
+    offset = SIGNED && middle == 128 ? 0 : -middle * total, sum = scale * total;
   }
 };
 #else
@@ -470,7 +466,7 @@ static void multiply_codes(const E* x, const Codes& w, E* y, int64_t rows, int64
 static void check_codes(const std::vector<Tensor>& weight, int64_t N, int64_t K) {
   const bool three = weight.size() == 3, two = weight.size() == 2;
   STD_TORCH_CHECK(two || three, "a weight in codes has codes, scales and perhaps zeros");
-  STD_TORCH_CHECK((weight[0].dim() == 3 || weight[0].dim() == 4) && weight[0].scalar_type() == ScalarType::Byte &&
+  STD_TORCH_CHECK(weight[0].numel() > 0 && (weight[0].dim() == 3 || weight[0].dim() == 4) && weight[0].scalar_type() == ScalarType::Byte &&
                       weight[0].is_contiguous() && weight[1].dim() == 3 && weight[1].size(2) == TALL &&
                       weight[1].size(0) > 0 && weight[0].size(0) == weight[1].size(0) && weight[1].size(1) > 0,
                   "codes and scales must be in blocks, as Python packs them");
@@ -816,6 +812,7 @@ Tensor layer(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor
                   "the weights of the layer don't fit each other");
   check(wqkv, (H + 2 * G) * d, D), check(wo, D, H * d), check(w13, 2 * F, D), check(w2, D, F);
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), D});
+  if (y.numel() == 0) return y;
   torch::stable::copy_(y, x);
   const Tensor c = torch::stable::contiguous(cos), s = torch::stable::contiguous(sin);
   const Tensor pos = torch::stable::contiguous(input_pos);

@@ -25,7 +25,9 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.exact = scheme, exact
-        self.count = 0  # of tensors
+        self.parts: list[Tensor] = []  # the buffers below that there are
+        for name in ("codes", "scales", "zeros"):
+            self.register_buffer(name, None, persistent=False)
 
     def set_weight(self, weight: Tensor) -> None:
         """Quantize the matrix (N, K) and keep that. Raises InputError."""
@@ -35,17 +37,18 @@ class QuantizedLinear(nn.Module):
     def set_quantized(self, weight: Quantized) -> None:
         """Take a quantized matrix (N, K), packed for the device that it is on."""
         self.way = choose(weight, self.exact)
-        tensors = self.way.pack(weight)
-        for i, tensor in enumerate(tensors):
-            self.register_buffer(f"tensor{i}", tensor, persistent=False)
-        self.count = len(tensors)
+        self.parts = self.way.pack(weight)
+        self.codes, self.scales, self.zeros = [*self.parts, None][:3]
+
+    def _apply(self, fn, recurse=True):
+        return self  # `to` and its like leave a packed weight as it is
 
     def tensors(self) -> list[Tensor]:
-        return [getattr(self, f"tensor{i}") for i in range(self.count)]
+        return [tensor for tensor in (self.codes, self.scales, self.zeros) if tensor is not None]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.way(x, self.tensors())
 
     def for_layer(self) -> list[Tensor]:
         """What `kernels.layer` reads of it; nothing where it is packed for another operator."""
-        return self.tensors() if isinstance(self.way, Blocks) else []
+        return self.parts if isinstance(self.way, Blocks) else []
