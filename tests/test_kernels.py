@@ -412,7 +412,7 @@ def copies(inputs, dtype):
 @pytest.mark.parametrize("sizes", LAYERS)
 def test_a_layer_is_the_sum_of_its_parts_in_float64(sizes, dtype):
     block, inputs = a_layer(*sizes, dtype)
-    assert kernels.takes_layer(inputs[0], *inputs[4:], block.matrices(), block.hidden)
+    assert block.for_layers(inputs[0], *inputs[4:])
     before, exact = copies(inputs, dtype), copies(inputs, torch.float64)
     expected = copy.deepcopy(block).double()(*exact)  # no kernel takes float64
     close(block(*inputs), expected, dtype, roundings=8)
@@ -439,12 +439,24 @@ def test_a_row_of_a_layer_does_not_know_the_others(dtype):
     assert torch.equal(block(*inputs), torch.cat(alone))
 
 
+def matrices(block):
+    """What the kernel reads of each of the four."""
+    return [linear.for_layer() for linear in block.linears()]
+
+
+def layer(x, cos, sin, input_pos, keys, values, norms, matrices, heads, F, eps, exact=False):
+    """`kernels.layers` for one layer."""
+    (norm1, norm2), (wqkv, wo, w13, w2) = norms, matrices
+    weights = [norm1, *wqkv, *wo, norm2, *w13, *w2]
+    return kernels.layers(x, cos, sin, input_pos, [keys], [values], weights, heads, F, eps, exact)
+
+
 def what_fits(sizes, dtype=torch.float32):
-    """All arguments of `kernels.layer`, by name, for a layer that it takes."""
+    """All arguments of `layer`, by name, for a layer that the kernel takes."""
     block, inputs = a_layer(*sizes, dtype)
     names = ("x", "cos", "sin", "input_pos", "keys", "values")
     return dict(zip(names, inputs)) | {
-        "norms": (block.norm1.weight, block.norm2.weight), "matrices": block.matrices(), "heads": block.heads,
+        "norms": (block.norm1.weight, block.norm2.weight), "matrices": matrices(block), "heads": block.heads,
         "F": block.hidden, "eps": block.norm1.eps,
     }  # fmt: skip
 
@@ -457,21 +469,21 @@ def others(items, new):
 @needs_kernels
 def test_a_layer_that_does_not_fit_is_refused():
     fits = what_fits(LAYERS[0])
-    kernels.layer(**fits)
+    layer(**fits)
     refusals = [("outside a cache of 20", {"input_pos": fits["input_pos"] + 20})]
     for new in (lambda weight: weight[:-16], lambda weight: weight.bfloat16()):
         refusals += [("don't fit", {"norms": norms}) for norms in others(fits["norms"], new)]
         refusals += [("don't fit", {"matrices": m}) for m in others(fits["matrices"], lambda matrix: [new(matrix[0])])]
     refusals += [("don't fit", {"matrices": m}) for m in others(fits["matrices"], lambda matrix: [matrix[0][:, :-16]])]
-    refusals += [("has codes", {"matrices": m}) for m in others(fits["matrices"], lambda matrix: [])]
-    refusals += [("in blocks", {"matrices": m}) for m in others(fits["matrices"], lambda matrix: matrix * 2)]
+    refusals += [("don't fit", {"matrices": m}) for m in others(fits["matrices"], lambda matrix: [])]
+    refusals += [("don't fit", {"matrices": m}) for m in others(fits["matrices"], lambda matrix: matrix * 2)]
     refusals += [("don't fit", {"heads": heads}) for heads in (0, -4, 2, 3, 6)]
     refusals += [("don't fit", {"F": F_}) for F_ in (0, -16, 96, 111)]
     for name in ("cos", "sin"):
         refusals += [("cos and sin must be", {name: bad}) for bad in (fits[name][..., :-2], fits[name].double())]
     for words, wrong in refusals:
         with pytest.raises(RuntimeError, match=words):
-            kernels.layer(**fits | wrong)
+            layer(**fits | wrong)
 
 
 @needs_kernels
@@ -493,7 +505,7 @@ def test_a_layer_takes_few_rows_whole_vectors_and_known_matrices():
 
 @needs_kernels
 def test_matrices_of_another_class_are_left_to_it(monkeypatch):
-    """A class that says nothing of `kernels.layer`, or computes something else than `Linear`, does its own products."""
+    """A class that says nothing of `kernels.layers`, or computes something else than `Linear`, does its own products."""
     block, inputs = a_layer(*LAYERS[1], torch.float32)
     expected = block(*copies(inputs, torch.float32))
 
@@ -505,10 +517,35 @@ def test_matrices_of_another_class_are_left_to_it(monkeypatch):
     half.set_weight(block.feed_forward.w2.weight * 2)
     silent = torch.nn.Linear(*reversed(half.weight.shape), bias=False).requires_grad_(False)
     silent.weight = block.feed_forward.w2.weight
-    monkeypatch.setattr(kernels, "layer", lambda *inputs: pytest.fail("one of the matrices is unknown"))
+    monkeypatch.setattr(kernels, "layers", lambda *inputs: pytest.fail("one of the matrices is unknown"))
     for other in (half, silent):
         block.feed_forward.w2 = other
         close(block(*copies(inputs, torch.float32)), expected.double(), torch.float32)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_in_one_call_are_layers_one_by_one(dtype):
+    blocks, inputs = zip(*(a_layer(2, 3, 128, 4, 1, 64, 144, 30, dtype) for _ in range(3)))
+    for number, block in enumerate(blocks):
+        for i, parameter in enumerate(block.parameters()):
+            parameter.copy_(random(*parameter.shape, seed=10 * number + i, dtype=dtype) / 10)
+    x, cos, sin, input_pos, *_ = inputs[0]
+    caches = [[(k.clone(), v.clone()) for *_, k, v in inputs] for _ in range(2)]
+    expected = x
+    for block, (keys, values) in zip(blocks, caches[0]):
+        expected = block(expected, cos, sin, input_pos, keys, values)
+    keys, values = map(list, zip(*caches[1]))
+    weights = [weight for block in blocks for weight in block.for_layers(x, keys[0], values[0])]
+    assert torch.equal(kernels.layers(x, cos, sin, input_pos, keys, values, weights, *blocks[0].settings()), expected)
+    for (k, v), found in zip(caches[0], zip(keys, values)):
+        assert torch.equal(k, found[0]) and torch.equal(v, found[1])
+    for wrong in (weights[:-1], weights + weights[:1], weights[1:], weights[:6]):
+        with pytest.raises(RuntimeError, match="don't fit"):
+            kernels.layers(x, cos, sin, input_pos, keys, values, wrong, *blocks[0].settings())
+    for k, v in ((keys[:2], values), ([], []), ([keys[0], keys[1][:, :, :1], keys[2]], values)):
+        with pytest.raises(RuntimeError):
+            kernels.layers(x, cos, sin, input_pos, k, v, weights, *blocks[0].settings())
 
 
 # ---------------------------------------------------------------- memory

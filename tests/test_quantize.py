@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_llamas import random_weights
 from test_fast_model import read
-from test_kernels import DTYPES, LAYERS, a_layer, both, close, copies, is_noticed, needs_kernels, others, random
+from test_kernels import DTYPES, LAYERS, a_layer, both, close, copies, is_noticed, layer, matrices, needs_kernels, others, random
 from test_llama3 import SHORT, relative_error, token_ids
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -611,10 +611,9 @@ def test_the_operators_keep_torchs_rules(scheme):
     block, inputs = a_layer(*LAYERS[0], torch.float32)
     x, cos, sin, input_pos, keys, values = inputs
     block, _ = quantize(block, [scheme] * 4)
-    norms, sizes = (block.norm1.weight, block.norm2.weight), (block.heads, block.hidden, block.norm1.eps, True)
-    wqkv, wo, w13, w2 = block.matrices()
-    arguments = (*inputs, norms[0], wqkv, wo, norms[1], w13, w2, *sizes)
-    torch.library.opcheck(torch.ops.llamabook.layer.default, arguments, test_utils=checks)
+    weights = block.for_layers(x, keys, values)
+    arguments = (x, cos, sin, input_pos, [keys], [values], weights, *block.settings())
+    torch.library.opcheck(torch.ops.llamabook.layers.default, arguments, test_utils=checks)
 
 
 @pytest.mark.parametrize("scheme", FEW_SCHEMES[::2], ids=name)
@@ -732,7 +731,7 @@ def test_a_layer_is_the_sum_of_its_parts_in_float64(schemes, dtype):
     for sizes in FEW_LAYERS:
         block, inputs = a_layer(*sizes, dtype)
         block, truth = quantize(block, schemes)
-        assert kernels.takes_layer(inputs[0], *inputs[4:], block.matrices(), block.hidden)
+        assert block.for_layers(inputs[0], *inputs[4:])
         exact = copies(inputs, torch.float64)
         expected = truth(*exact)
         close(block(*inputs), expected, dtype, roundings=8)
@@ -746,8 +745,8 @@ def test_a_layer_is_the_sum_of_its_parts_in_float64(schemes, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer_is_what_its_parts_are(schemes, exact, dtype, monkeypatch):
     """In one call and part by part: float32 to its rounding, bf16 bit by bit but for a few. Both round x, or none does."""
-    called, layer = [], kernels.layer
-    monkeypatch.setattr(kernels, "layer", lambda *inputs: called.append(1) or layer(*inputs))
+    called, layers = [], kernels.layers
+    monkeypatch.setattr(kernels, "layers", lambda *inputs: called.append(1) or layers(*inputs))
     for sizes in FEW_LAYERS:
         block, inputs = a_layer(*sizes, dtype)
         block, _ = quantize(block, schemes, exact)
@@ -782,35 +781,31 @@ def test_a_layer_of_codes_that_do_not_fit_is_refused():
     block, _ = quantize(block, MIXED[4])
     norms = block.norm1.weight, block.norm2.weight
 
-    def layer(matrices=block.matrices(), heads=block.heads, hidden=block.hidden):
-        return kernels.layer(*copies(inputs, torch.float32), norms, matrices, heads, hidden, 0.1)
+    def call(given=matrices(block), heads=block.heads, hidden=block.hidden):
+        return layer(*copies(inputs, torch.float32), norms, given, heads, hidden, 0.1)
 
-    layer()
+    call()
     bad_ones = (
         lambda m: m[:1], lambda m: [*m, m[1], m[1]], lambda m: [m[0][:-1], m[1][:-1]], lambda m: [m[0], m[1].float()],
         lambda m: [m[0][:, :-1].contiguous(), m[1][:, :-1].contiguous()], lambda m: [m[0].int(), m[1]], lambda m: [*m, m[0]],
     )  # fmt: skip
     for bad in bad_ones:
-        for matrices in others(block.matrices(), bad):
+        for wrong in others(matrices(block), bad):
             with pytest.raises(RuntimeError):
-                layer(matrices)
+                call(wrong)
     for heads in (1, 2, 8, 0, -4):
         with pytest.raises(RuntimeError):
-            layer(heads=heads)
+            call(heads=heads)
     for hidden in (0, -16, block.hidden + 16, block.hidden - 16, block.hidden + 1):
         with pytest.raises(RuntimeError):
-            layer(hidden=hidden)
+            call(hidden=hidden)
 
 
 @needs_kernels
-def test_a_layer_of_no_rows_is_refused_or_empty():
+def test_a_layer_of_no_rows_is_empty():
     block, inputs = a_layer(*LAYERS[1], torch.float32)
-    none = [part[:0] for part in inputs]
-    matrices, norms = block.matrices(), (block.norm1.weight, block.norm2.weight)
-    try:
-        assert kernels.layer(*none, norms, matrices, block.heads, block.hidden, 0.1).shape == none[0].shape
-    except RuntimeError:
-        pass
+    none, norms = [part[:0] for part in inputs], (block.norm1.weight, block.norm2.weight)
+    assert layer(*none, norms, matrices(block), block.heads, block.hidden, 0.1).shape == none[0].shape
 
 
 # ---------------------------------------------------------------- a whole model

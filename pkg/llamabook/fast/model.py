@@ -71,18 +71,24 @@ class Block(nn.Module):
     def linears(self) -> list[nn.Module]:
         return [self.attention.wqkv, self.attention.wo, self.feed_forward.w13, self.feed_forward.w2]
 
-    def matrices(self) -> list[list[Tensor]]:
-        """What `kernels.layer` reads of each of the linears; nothing of one that it does not know."""
-        return [getattr(linear, "for_layer", list)() for linear in self.linears()]
+    def for_layers(self, x: Tensor, keys: Tensor, values: Tensor) -> list[Tensor]:
+        """What `kernels.layers` reads of this layer, in one list; nothing where it can't compute it."""
+        matrices = [getattr(linear, "for_layer", list)() for linear in self.linears()]
+        if self._forward_hooks or not kernels.takes_layer(x, keys, values, matrices, self.hidden):
+            return []
+        wqkv, wo, w13, w2 = matrices
+        return [self.norm1.weight, *wqkv, *wo, self.norm2.weight, *w13, *w2]
+
+    def settings(self) -> tuple[int, int, float, bool]:
+        """Heads, hidden numbers, the norms' epsilon, and whether x must not be rounded."""
+        exact = any(getattr(linear, "exact", False) for linear in self.linears())
+        return self.heads, self.hidden, self.norm1.eps, exact
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        matrices = self.matrices()
-        if kernels.takes_layer(x, keys, values, matrices, self.hidden):
-            norms, sizes = (self.norm1.weight, self.norm2.weight), (self.heads, self.hidden, self.norm1.eps)
-            exact = any(getattr(linear, "exact", False) for linear in self.linears())
-            return kernels.layer(x, cos, sin, input_pos, keys, values, norms, matrices, *sizes, exact)
+        if weights := self.for_layers(x, keys, values):
+            return kernels.layers(x, cos, sin, input_pos, [keys], [values], weights, *self.settings())
         x = x + self.attention(self.norm1(x), cos, sin, input_pos, keys, values)
         return x + self.feed_forward(self.norm2(x))
 
@@ -109,10 +115,28 @@ class Transformer(nn.Module):
             self.head.set_weight(self.embedding.weight)
         self.requires_grad_(False)
 
+    def in_one_call(self, x: Tensor, cache: StaticCache) -> list[Tensor]:
+        """What `kernels.layers` reads of all layers, where it computes them all; else nothing.
+
+        To look at each layer takes longer than to compute it, so the cache keeps the answer for this model.
+        """
+        compiled = getattr(self, "compiled_as", "refused") != "refused"  # then block by block, as asked
+        compiled = compiled or torch.compiler.is_compiling()
+        if compiled or not 0 < x.shape[0] * x.shape[1] <= kernels.MAX_ROWS:
+            return []
+        if cache.plan is None or cache.plan[0] is not self:
+            parts = [block.for_layers(x, *slots) for block, *slots in zip(self.blocks, cache.keys, cache.values)]
+            alike = len({block.settings() for block in self.blocks}) == 1
+            cache.plan = self, sum(parts, []) if alike and all(parts) else []
+        return cache.plan[1]
+
     def hidden(self, idx: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
         """The last block's output (B, T, D), with the keys and values of the new tokens now in the cache."""
         cos, sin = (table.unsqueeze(2) for table in rope_tables(input_pos, self.theta))  # (B, T, 1, d)
         x = self.embedding(idx)  # (B, T, D)
+        if weights := self.in_one_call(x, cache):
+            first = self.blocks[0].settings()
+            return kernels.layers(x, cos, sin, input_pos, cache.keys, cache.values, weights, *first)
         for block, keys, values in zip(self.blocks, cache.keys, cache.values):
             x = block(x, cos, sin, input_pos, keys, values)
         return x

@@ -3,7 +3,7 @@
 - `linear(x, weight)` is `F.linear` for any number of rows, and reads the weights at the speed of the memory for few.
 - `quantized_linear(x, weight, N)` is x W^T for a weight in 8 or 4 bits, as `fast.quantize` packs it.
 - `decode_attention(q, keys, values, input_pos)` attends from a few positions to a cache of many.
-- `layer(...)` is a whole layer for few tokens, both of those and what lies between them, in one call.
+- `layers(...)` is any number of whole layers for few tokens, all of those and what lies between them, in one call.
 - `read_all(x)` reads the memory of a tensor once: the speed limit of the others.
 - `large_pages(x)` has new memory in pages of 2 MB where the system allows it.
 - `ready()` builds or loads the C++ on first use and says whether there is any; LLAMABOOK_KERNELS=0 switches it off.
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from llamabook.fast.kernels import build
 
 __all__ = [
-    "MAX_QUERIES", "MAX_ROWS", "decode_attention", "large_pages", "layer", "linear", "quantized_linear", "read_all", "ready",
+    "MAX_QUERIES", "MAX_ROWS", "decode_attention", "large_pages", "layers", "linear", "quantized_linear", "read_all", "ready",
     "rounds_activations", "takes_layer",
 ]  # fmt: skip
 
@@ -62,7 +62,7 @@ def _load() -> bool:
     torch.library.register_fake("llamabook::quantized_linear", lambda x, weight, N, exact: x.new_empty(x.shape[0], N))
     torch.library.register_fake("llamabook::decode_attention", lambda q, keys, values, input_pos: torch.empty_like(
         q, memory_format=torch.contiguous_format))  # fmt: skip
-    torch.library.register_fake("llamabook::layer", lambda x, *others: torch.empty_like(
+    torch.library.register_fake("llamabook::layers", lambda x, *others: torch.empty_like(
         x, memory_format=torch.contiguous_format))  # fmt: skip
     torch.library.register_fake("llamabook::read_all", lambda x: x.new_empty(1, dtype=torch.int32))
     return True
@@ -130,7 +130,7 @@ def decode_attention(q: Tensor, keys: Tensor, values: Tensor, input_pos: Tensor)
 
 
 def takes_layer(x: Tensor, keys: Tensor, values: Tensor, matrices: Sequence[list[Tensor]], F: int) -> bool:
-    """Whether `layer` computes for these tokens (B, T, D), cache, matrices and F hidden numbers; where not, its parts do."""
+    """Whether `layers` computes for these tokens (B, T, D), cache, matrices and F hidden numbers; where not, its parts do."""
     return (
         0 < x.shape[0] * x.shape[1] <= MAX_ROWS
         and x.shape[2] % 16 == F % 16 == 0
@@ -140,21 +140,19 @@ def takes_layer(x: Tensor, keys: Tensor, values: Tensor, matrices: Sequence[list
     )
 
 
-def layer(
-    x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor, norms: tuple[Tensor, Tensor],
-    matrices: Sequence[list[Tensor]], heads: int, F: int, eps: float, exact: bool = False,
+def layers(
+    x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: list[Tensor], values: list[Tensor], weights: list[Tensor],
+    heads: int, F: int, eps: float, exact: bool = False,
 ) -> Tensor:  # fmt: skip
-    """What `fast.model.Block` computes of these weights, for few tokens; the cache has theirs in it afterwards.
+    """What some `fast.model.Block` in turn compute of their weights, for few tokens; the cache has theirs in it afterwards.
 
     Between its products a layer does so little that calling operators for it takes longer than doing it: while
     the weights stream by, all that Python needs for a call is driven out of the processor's caches.
-    matrices: wqkv, wo, w13 and w2, each a list of the weight alone or of what `quantized_linear` takes.
-    Shape: as `Block`, with `heads` query heads and F hidden numbers. To be called where `takes_layer`.
+    keys, values: one tensor a layer. weights: of each layer norm1, wqkv, wo, norm2, w13 and w2, in one list; a quantized
+    matrix is its two or three tensors.
+    Shape: as `Block`, with `heads` query heads and F hidden numbers. To be called where `takes_layer` for each layer.
     """
-    (norm1, norm2), (wqkv, wo, w13, w2) = norms, matrices
-    return torch.ops.llamabook.layer(
-        x, cos, sin, input_pos, keys, values, norm1, wqkv, wo, norm2, w13, w2, heads, F, eps, exact
-    )
+    return torch.ops.llamabook.layers(x, cos, sin, input_pos, keys, values, weights, heads, F, eps, exact)
 
 
 def read_all(x: Tensor) -> Tensor:

@@ -701,7 +701,7 @@ Tensor decode_attention(const Tensor& q, const Tensor& keys, const Tensor& value
   return y;
 }
 
-// ---- one layer in one call: what lies between two products is too little to go back to Python for
+// ---- layers in one call: what lies between two products is too little to go back to Python for
 
 template <typename E>
 static inline Floats rounded(Floats x) {
@@ -749,8 +749,8 @@ static void add(const std::vector<E>& y, E* x) {
 typedef std::vector<Tensor> Matrix;  // the weight (N, K) alone, or its codes, scales and perhaps zeros
 
 struct Weights {
-  const Tensor &norm1, &norm2;
-  const Matrix &wqkv, &wo, &w13, &w2;
+  Tensor norm1, norm2;
+  Matrix wqkv, wo, w13, w2;
   bool exact;
 };
 
@@ -789,38 +789,63 @@ static void layer_of(Tensor& x, const Tensor& cos, const Tensor& sin, const Tens
   add(y, X);
 }
 
-// x (B, T, D), cos and sin (B, T, 1, d), input_pos (B, T), keys and values (B, G, S, d), to (B, T, D), of H heads and F hidden
-Tensor layer(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& input_pos, Tensor keys, Tensor values,
-             const Tensor& norm1, Matrix wqkv, Matrix wo, const Tensor& norm2, Matrix w13, Matrix w2, int64_t H, int64_t F,
-             double eps, bool exact) {
-  STD_TORCH_CHECK(x.dim() == 3, "x has 3 dimensions");
-  check_attention(x.size(0), x.size(1), keys, values, input_pos, x.scalar_type());
-  const int64_t D = x.size(2), G = keys.size(1), d = keys.size(3);
-  const auto check = [&](const Matrix& weight, int64_t N, int64_t K) {
-    if (weight.size() != 1) return check_codes(weight, N, K);
-    STD_TORCH_CHECK(weight[0].dim() == 2 && weight[0].size(0) == N && weight[0].size(1) == K && weight[0].stride(1) == 1 &&
-                        weight[0].scalar_type() == x.scalar_type(),
-                    "the weights of the layer don't fit each other");
-  };
-  const auto is_norm = [&](const Tensor& weight) {
-    return weight.numel() == D && weight.is_contiguous() && weight.scalar_type() == x.scalar_type();
-  };
+// Each layer in turn makes of x (B, T, D) its output. keys and values: of each layer (B, G, S, d); cos and sin (B, T, 1, d);
+// weights: of each layer norm1, wqkv, wo, norm2, w13 and w2, a matrix being one tensor or its two or three; H heads, F hidden
+Tensor layers(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& input_pos, std::vector<Tensor> keys,
+              std::vector<Tensor> values, std::vector<Tensor> weights, int64_t H, int64_t F, double eps, bool exact) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(x.dim() == 3 && !keys.empty() && keys.size() == values.size(), "x has 3 dimensions, and each layer a cache");
+  for (size_t l = 0; l < keys.size(); l++) check_attention(x.size(0), x.size(1), keys[l], values[l], input_pos, type);
+  const int64_t D = x.size(2), G = keys[0].size(1), d = keys[0].size(3);
+  const char* const unfit = "the weights of the layers don't fit each other";
+  STD_TORCH_CHECK(H > 0 && H % G == 0 && F > 0 && D % 16 == 0 && F % 16 == 0, unfit);
   for (const Tensor* table : {&cos, &sin})
     STD_TORCH_CHECK(table->numel() == x.size(0) * x.size(1) * d && table->scalar_type() == ScalarType::Float,
                     "cos and sin must be (B, T, 1, d), float32");
-  STD_TORCH_CHECK(H > 0 && H % G == 0 && F > 0 && D % 16 == 0 && F % 16 == 0 && is_norm(norm1) && is_norm(norm2),
-                  "the weights of the layer don't fit each other");
-  check(wqkv, (H + 2 * G) * d, D), check(wo, D, H * d), check(w13, 2 * F, D), check(w2, D, F);
+
+  size_t at = 0;
+  const auto next = [&]() -> const Tensor& {
+    STD_TORCH_CHECK(at < weights.size(), unfit);
+    return weights[at++];
+  };
+  const auto norm = [&]() -> const Tensor& {
+    const Tensor& weight = next();
+    STD_TORCH_CHECK(weight.dim() == 1 && weight.size(0) == D && weight.is_contiguous() && weight.scalar_type() == type, unfit);
+    return weight;
+  };
+  const auto matrix = [&](int64_t N, int64_t K) {
+    Matrix parts{next()};
+    const bool codes = parts[0].scalar_type() == ScalarType::Byte;
+    while (codes && at < weights.size() && weights[at].dim() == 3 && weights[at].scalar_type() != ScalarType::Byte)
+      parts.push_back(next());
+    if (codes) check_codes(parts, N, K);
+    else
+      STD_TORCH_CHECK(parts[0].dim() == 2 && parts[0].size(0) == N && parts[0].size(1) == K && parts[0].stride(1) == 1 &&
+                          parts[0].scalar_type() == type, unfit);
+    return parts;
+  };
+  std::vector<Weights> all;
+  for (size_t l = 0; l < keys.size(); l++) {  // in the order in which a layer needs them
+    STD_TORCH_CHECK(keys[l].size(1) == G && keys[l].size(3) == d, "the caches of the layers differ in shape");
+    const Tensor& norm1 = norm();
+    Matrix wqkv = matrix((H + 2 * G) * d, D), wo = matrix(D, H * d);
+    const Tensor& norm2 = norm();
+    Matrix w13 = matrix(2 * F, D), w2 = matrix(D, F);
+    all.push_back({norm1, norm2, wqkv, wo, w13, w2, exact});
+  }
+  STD_TORCH_CHECK(at == weights.size(), unfit);
+
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1), D});
   if (y.numel() == 0) return y;
   torch::stable::copy_(y, x);
   const Tensor c = torch::stable::contiguous(cos), s = torch::stable::contiguous(sin);
   const Tensor pos = torch::stable::contiguous(input_pos);
-  const Weights weights{norm1, norm2, wqkv, wo, w13, w2, exact};
-  if (x.scalar_type() == ScalarType::Float)
-    layer_of<Wide, float>(y, c, s, pos, keys, values, weights, H, F, eps);
-  else
-    layer_of<Half, bf16>(y, c, s, pos, keys, values, weights, H, F, eps);
+  for (size_t l = 0; l < keys.size(); l++) {
+    if (type == ScalarType::Float)
+      layer_of<Wide, float>(y, c, s, pos, keys[l], values[l], all[l], H, F, eps);
+    else
+      layer_of<Half, bf16>(y, c, s, pos, keys[l], values[l], all[l], H, F, eps);
+  }
   return y;
 }
 
@@ -856,8 +881,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llamabook, m) {
   m.def("linear(Tensor x, Tensor weight) -> Tensor");
   m.def("decode_attention(Tensor q, Tensor keys, Tensor values, Tensor input_pos) -> Tensor");
   m.def("quantized_linear(Tensor x, Tensor[] weight, int N, bool exact) -> Tensor");
-  m.def("layer(Tensor x, Tensor cos, Tensor sin, Tensor input_pos, Tensor(a!) keys, Tensor(b!) values, Tensor norm1, "
-        "Tensor[] wqkv, Tensor[] wo, Tensor norm2, Tensor[] w13, Tensor[] w2, int H, int F, float eps, bool exact) -> Tensor");
+  m.def("layers(Tensor x, Tensor cos, Tensor sin, Tensor input_pos, Tensor(a!)[] keys, Tensor(b!)[] values, "
+        "Tensor[] weights, int H, int F, float eps, bool exact) -> Tensor");
   m.def("rounds() -> bool");
   m.def("read_all(Tensor x) -> Tensor");
 }
@@ -866,7 +891,7 @@ STABLE_TORCH_LIBRARY_IMPL(llamabook, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("quantized_linear", TORCH_BOX(&quantized_linear));
-  m.impl("layer", TORCH_BOX(&layer));
+  m.impl("layers", TORCH_BOX(&layers));
   m.impl("read_all", TORCH_BOX(&read_all));
 }
 
