@@ -75,6 +75,7 @@ from llamabook.checks.ch04_speed import (
     check_step_costs,
     check_visible_scores,
 )
+from llamabook.checks.ch05_evaluation import check_choose, check_sliding_nats, check_verdict
 from llamabook.checks.core import (
     CheckFailed,
     Exercise,
@@ -104,6 +105,7 @@ __all__ = [
     "check_causal_mask",
     "check_chat_ids",
     "check_chat_prompt",
+    "check_choose",
     "check_count_parameters",
     "check_draw_rows",
     "check_draw_top_p",
@@ -135,6 +137,7 @@ __all__ = [
     "check_scaled_frequencies",
     "check_scaled_frequency",
     "check_silu_slope",
+    "check_sliding_nats",
     "check_slots_hold",
     "check_split_wqkv",
     "check_step_costs",
@@ -145,6 +148,7 @@ __all__ = [
     "check_top_p_probs",
     "check_unfinished_pairs",
     "check_until_stop",
+    "check_verdict",
     "check_visible_scores",
     "check_write_rows",
     "exercises",
