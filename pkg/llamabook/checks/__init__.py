@@ -77,6 +77,7 @@ from llamabook.checks.ch04_speed import (
 )
 from llamabook.checks.ch05_int8 import check_absmax_rows, check_smooth, check_whole_number_product  # isort: skip
 from llamabook.checks.ch05_int4 import check_product_in_groups, check_search_scale, check_signed_nibbles  # isort: skip
+from llamabook.checks.ch05_evaluation import check_choose, check_sliding_nats, check_verdict  # isort: skip
 from llamabook.checks.core import (
     CheckFailed,
     Exercise,
@@ -107,6 +108,7 @@ __all__ = [
     "check_causal_mask",
     "check_chat_ids",
     "check_chat_prompt",
+    "check_choose",
     "check_count_parameters",
     "check_draw_rows",
     "check_draw_top_p",
@@ -141,6 +143,7 @@ __all__ = [
     "check_search_scale",
     "check_signed_nibbles",
     "check_silu_slope",
+    "check_sliding_nats",
     "check_slots_hold",
     "check_smooth",
     "check_split_wqkv",
@@ -152,6 +155,7 @@ __all__ = [
     "check_top_p_probs",
     "check_unfinished_pairs",
     "check_until_stop",
+    "check_verdict",
     "check_visible_scores",
     "check_whole_number_product",
     "check_write_rows",

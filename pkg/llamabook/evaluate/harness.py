@@ -9,6 +9,7 @@ included, so that scores can be compared; this module needs lm-eval, the rest of
 import difflib
 import logging
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -27,9 +28,11 @@ from llamabook.evaluate.perplexity import log_likelihoods, windows
 from llamabook.fast.engine import check_count
 
 try:
-    from lm_eval import evaluator
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.tasks import TaskManager
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a notebook tqdm misses widgets, which nobody here would look at
+        from lm_eval import evaluator
+        from lm_eval.api.model import TemplateLM
+        from lm_eval.tasks import TaskManager
 except ImportError as error:
     if error.name != "lm_eval":
         raise InputError(f"lm-eval can't be imported ({error}): install it again, pip install 'llamabook[eval]'") from None
