@@ -7,13 +7,17 @@ NAME.weight (N, K) is three tensors, so that transformers and vLLM can read it.
 - NAME.weight_scale (N, groups) bfloat16;
 - NAME.weight_shape (2,) int64, N and K.
 
-config.json says in its "quantization_config" how many bits there are and what shares a scale. Asymmetric matrices have
-one more, NAME.weight_zero (N, groups) bfloat16. That is ours alone, and then quant_method is "llamabook", so that others
-refuse what they would read wrong. The token table and the norms stay as they were, and a tied head becomes a matrix of
-its own: quantized, it is the table no longer.
+config.json says in its "quantization_config" how many bits there are and what shares a scale. The token table and the
+norms stay as they were, and a tied head becomes a matrix of its own: quantized, it is the table no longer.
+
+Two things are ours alone. Asymmetric matrices have one tensor more, NAME.weight_zero (N, groups) bfloat16, which no
+other library knows; config.json then has a key more in "weights", at which compressed-tensors refuses what it would
+read wrong. And a last group may be short, where it wants groups to divide K.
 """
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,9 +55,9 @@ from llamabook.fast.quantize.int4 import GROUP_SIZES, unpack
 from llamabook.fast.quantize.linear import QuantizedLinear
 from llamabook.fast.quantize.weight import Quantized, Scheme, stack
 
-COMMON, OWN = "compressed-tensors", "llamabook"  # quant_method: what others read, too, and what only we do
 KEY = "quantization_config"
-BLOCK = 2**20  # numbers of a matrix that are quantized at a time
+METHOD, FORMAT = "compressed-tensors", "pack-quantized"
+BLOCK = 2**18  # numbers of a matrix that are quantized at a time, few enough to stay in the caches
 
 
 # ---- what config.json says
@@ -72,11 +76,11 @@ def to_quantization_config(scheme: Scheme, method: str = "rtn", ignore: list[str
         "strategy": "channel" if scheme.groupsize is None else "group",
         "group_size": scheme.groupsize,
         "dynamic": False,
-    }
+    } | ({"float_zeros": True} if scheme.asymmetric else {})
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
-        "quant_method": OWN if scheme.asymmetric else COMMON,
-        "format": "pack-quantized",
+        "quant_method": METHOD,
+        "format": FORMAT,
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
         "ignore": ignore or [],
@@ -108,22 +112,20 @@ def read_kind(file: Path, said: dict) -> Kind:
 
     def check(fine: bool, what: str) -> None:
         if not fine:
-            form = f"{COMMON} with int4 or int8 weights, pack-quantized"
             raise CheckpointError(
-                f"{file} asks for quantized weights ({KEY}: {what[:60]}), and we read {form}: give those, or the weights "
-                "as they were before quantization"
+                f"{file} asks for quantized weights ({KEY}: {what[:60]}), and we read int4 and int8 of {METHOD}, {FORMAT}: "
+                "give those, or the weights as they were before quantization"
             )
 
     check(isinstance(said, dict), str(said))
-    method = said.get("quant_method")
-    check(method in (COMMON, OWN), f"quant_method {method}")
+    check(said.get("quant_method") == METHOD, f"quant_method {said.get('quant_method')}")
     groups = said.get("config_groups")
     check(isinstance(groups, dict) and len(groups) == 1, f"config_groups {groups}")
     group = next(iter(groups.values()))
     weights = group.get("weights") if isinstance(group, dict) else None
     check(isinstance(weights, dict), f"config_groups {groups}")
     for where, key, usual in (
-        (said, "format", ("pack-quantized",)), (group, "format", (None, "pack-quantized")),
+        (said, "format", (FORMAT,)), (group, "format", (None, FORMAT)),
         (said, "quantization_status", ("compressed",)), (weights, "type", (None, "int")),
         (said, "kv_cache_scheme", (None,)), (said, "transform_config", (None, {})),
         (group, "input_activations", (None,)), (group, "output_activations", (None,)),
@@ -135,7 +137,7 @@ def read_kind(file: Path, said: dict) -> Kind:
     channel = size in (None, -1) if weights.get("strategy") is None else weights["strategy"] == "channel"
     check(channel or (type(size) is int and size > 0), f"group_size {size}")
     extras = said.get("llamabook") if isinstance(said.get("llamabook"), dict) else {}
-    own = method == OWN
+    own = weights.get("float_zeros") is True
     return Kind(bits, None if channel else size, own, not own and not symmetric, str(extras.get("method", "rtn")))
 
 
@@ -430,6 +432,25 @@ def blocks_of(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield first, weight[first : first + rows]
 
 
+def on_all_cores(work: Callable, items: Iterable) -> Iterator:
+    """What `work` makes of each item, in order, on all cores, without running far ahead.
+
+    For operators as short as these, threads that each do all of one item beat those that share each operator.
+    """
+    threads, waiting = torch.get_num_threads(), deque()
+    torch.set_num_threads(1)  # also for threads that begin now
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for item in items:
+                waiting.append(pool.submit(work, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
+
+
 def quantize(
     src: str | Path, dst: str | Path, scheme: Scheme, *, force: bool = False, shard_bytes: int = SHARD_BYTES
 ) -> Path:
@@ -441,16 +462,21 @@ def quantize(
     become. Raises InputError for an impossible request, CheckpointError for a bad checkpoint.
     """
     with writing(src, dst, scheme, force=force, shard_bytes=shard_bytes) as (model, out):
+
+        def work(block: tuple[str, int, Tensor]) -> tuple[str, Quantized | Tensor, int, int]:
+            ours, first, rows = block
+            numbers = rows.float()
+            if not numbers.abs().amax().isfinite():
+                what = f"{out.names[ours]} has numbers that are infinite or none (NaN)"
+                raise CheckpointError(f"{src}: {what}: give a sound checkpoint")
+            return ours, scheme(numbers) if ours in out.matrices else rows.to(out.dtype), first, rows.nbytes
+
+        blocks = ((ours, first, rows) for ours, weight in each_weight(src, model) for first, rows in blocks_of(weight))
         total = sum(weight.nbytes for weight in model.state_dict().values())
-        bar = tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None)
-        with bar:
-            for ours, weight in each_weight(src, model):
-                for first, rows in blocks_of(weight):
-                    if not rows.isfinite().all():
-                        what = f"{out.names[ours]} has numbers that are infinite or none (NaN)"
-                        raise CheckpointError(f"{src}: {what}: give a sound checkpoint")
-                    out.put(ours, scheme(rows) if ours in out.matrices else rows.to(out.dtype), first)
-                    bar.update(rows.nbytes)
+        with tqdm(total=total, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+            for ours, weight, first, nbytes in on_all_cores(work, blocks):
+                out.put(ours, weight, first)
+                bar.update(nbytes)
     return Path(dst)
 
 
