@@ -234,6 +234,13 @@ def take_matrix(where: Path, tensors: dict[str, Tensor], stem: str, kind: Kind) 
     return Quantized(words, scales, zeros[0] if zeros else None, kind.bits, size, K)
 
 
+def bits_per_weight(stored: Stored) -> float:
+    """How many bits a quantized number takes, scales and zeros counted, on average."""
+    matrices = [matrix() for matrix in stored.matrices.values()]
+    nbytes = sum(t.nbytes for m in matrices for t in (m.words, m.scales, m.zeros) if t is not None)
+    return 8 * nbytes / sum(matrix.shape[0] * matrix.K for matrix in matrices)
+
+
 def load_dense(
     path: str | Path, config: dict | None = None, device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,

@@ -6,6 +6,7 @@
 A file does not say for which, but its numbers do: see `find_layout`.
 """
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -71,20 +72,22 @@ def from_cpu(tall: int, halves: bool, words: Tensor, N: int, K: int) -> Tensor:
     return torch.cat(blocks)
 
 
-LAYOUTS = {
-    "NVIDIA": from_nvidia,
-    "AMD": from_amd,
-    "CPU, AVX-512": partial(from_cpu, 64, True),
-    "CPU, AVX2": partial(from_cpu, 32, True),
-    "CPU": partial(from_cpu, 32, False),
-    "CPU, Arm": partial(from_cpu, 16, False),
-}
+TALL = (64, 32, 16)  # a block's rows, by the vectors of the CPU
+LAYOUTS = {"NVIDIA": from_nvidia, "AMD": from_amd} | {f"CPU, {tall}": partial(from_cpu, tall, False) for tall in TALL}
 
 
-def possible(words: Tensor, N: int) -> list[str]:
-    """The layouts that a packed matrix can have by its shape."""
-    on_gpu = words.ndim == 4
-    return [name for name in LAYOUTS if (on_gpu or name.startswith("CPU")) and (name != "AMD" or N % 16 == 0)]
+def this_cpu() -> dict:
+    """The one layout that torch gives int4 weights on this machine's CPU, by its name; none if it is of no known kind."""
+    codes = torch.arange(128 * 32, dtype=torch.int32).view(128, 32) * 7 // 3 % 16
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    except (AttributeError, RuntimeError):
+        return {}
+    for tall in TALL:
+        for halves in (True, False):
+            if torch.equal(from_cpu(tall, halves, packed, *codes.shape).int(), codes):
+                return {f"CPU, {tall}": partial(from_cpu, tall, halves)}
+    return {}
 
 
 def spanned(codes: Tensor, groupsize: int) -> Tensor:
@@ -93,28 +96,31 @@ def spanned(codes: Tensor, groupsize: int) -> Tensor:
     return ((groups.amin(-1) == 0) & (groups.amax(-1) == 15)).float().mean()
 
 
-def find_layout(where: Path, matrices: list["Packed"]) -> str:
-    """The layout of the packed matrices in one file. Raises CheckpointError where it is not clear.
+def find_layout(where: Path, matrices: list["Packed"]) -> Callable:
+    """What unpacks the matrices of one file. Raises CheckpointError where it is not clear.
 
     Read rightly, nearly every group has both the code 0 and the code 15. Read wrongly, a group is made of pieces of
-    others, and about half of them have.
+    others, and about half of them have. What this can't tell is how a CPU orders the rows of a block: its file is read
+    as gpt-fast would read it, on a CPU of the kind that wrote it.
     """
-    names, seen, shares = None, 0, {}
+    shares, seen = dict.fromkeys(LAYOUTS, 0.0), 0
     for matrix in sorted(matrices, key=lambda matrix: matrix.N * matrix.K):
-        allowed = possible(matrix.words, matrix.N)
-        names = [name for name in names or allowed if name in allowed]
-        count = matrix.N * (matrix.K // matrix.groupsize)
-        for name in names if count else []:
-            share = spanned(matrix.codes(name), matrix.groupsize)
-            shares[name] = shares.get(name, 0) + count * float(share)
-        seen += count
+        groups = matrix.N * (matrix.K // matrix.groupsize)
+        for name in shares if groups else ():
+            fits = name.startswith("CPU") or (matrix.words.ndim == 4 and (name != "AMD" or matrix.N % 16 == 0))
+            shares[name] += groups * float(spanned(matrix.codes(LAYOUTS[name]), matrix.groupsize)) if fits else 0
+        seen += groups
         if seen > SAMPLE:
             break
-    ranked = sorted(((shares.get(name, 0) / max(seen, 1), name) for name in names or []), reverse=True)
-    if not ranked or (len(ranked) > 1 and ranked[0][0] < ranked[1][0] + CLEAR):
+    (best, name), (second, _) = sorted(((share / max(seen, 1), name) for name, share in shares.items()), reverse=True)[:2]
+    if best < second + CLEAR:
         what = "does not show for which kind of processor torch has packed its int4 weights"
         raise CheckpointError(f"{where} {what}: quantize the original with `llamabook quantize`")
-    return ranked[0][1]
+    known = LAYOUTS if not name.startswith("CPU") else this_cpu()
+    if name not in known:
+        what = "has int4 weights that torch has packed for another kind of CPU"
+        raise CheckpointError(f"{where} {what}: convert it there, or quantize the original with `llamabook quantize`")
+    return known[name]
 
 
 class Packed:
@@ -125,11 +131,11 @@ class Packed:
         self.N, self.wide = tables.shape[1], width(words, tables.shape[1])
         self.groupsize = self.wide // len(tables)
 
-    def codes(self, layout: str) -> Tensor:
+    def codes(self, layout: Callable) -> Tensor:
         """The codes (N, K), uint8 from 0 to 15."""
-        return LAYOUTS[layout](self.words, self.N, self.wide)[:, : self.K]
+        return layout(self.words, self.N, self.wide)[:, : self.K]
 
-    def quantized(self, layout: str) -> Quantized:
+    def quantized(self, layout: Callable) -> Quantized:
         codes = (self.codes(layout) - 8).view(torch.int8)  # modulo 256
         scales, zeros = self.tables[: -(-self.K // self.groupsize)].permute(2, 1, 0).contiguous()  # two of (N, groups)
         return Quantized(pack(codes, 4), scales, zeros, 4, self.groupsize, self.K)
