@@ -225,7 +225,7 @@ def own_config(path: Path, said: dict) -> dict:
 
 
 def read_config(path: Path, apart: str = "") -> dict:
-    """The configuration in a config.json, in our keys; `apart` is a key for the caller. Raises CheckpointError."""
+    """The configuration in a config.json, in our keys, less the key `apart`. Raises CheckpointError."""
     said = {key: value for key, value in read_object(path).items() if key != apart}
     if "emb_dim" in said:
         return own_config(path, said)
