@@ -65,6 +65,8 @@ def calibrated(src: Path, dst: Path, scheme, given: dict, force: bool) -> None:
     from llamabook.tokenizer import load_tokenizer, tokenizer_folder
 
     names = dict(zip(CALIBRATION, ("tasks", "limit", "seq_length", "file")))
+    if "calibration_tasks" in given:
+        given = given | {"calibration_tasks": [name for word in given["calibration_tasks"] for name in word.split(",") if name]}
     texts = calibration_ids(
         load_tokenizer(tokenizer_folder(src)), **{names[name]: given[name] for name in CALIBRATION if name in given}
     )

@@ -201,9 +201,9 @@ def read_quantized(path: str | Path, config: dict | None = None) -> Stored:
     file = (place if place.is_dir() else place.parent) / "config.json"
     stated, kind = read_quantized_config(file)
     config, tensors, matrices = config or stated, read_weights(place), {}
-    for stem in [name.removesuffix("_packed") for name in tensors if name.endswith(".weight_packed")]:
+    for stem in sorted({name.rpartition("_")[0] for name in tensors if name.endswith((".weight_packed", ".weight_scale"))}):
         if stem in tensors:
-            raise CheckpointError(f"{place} has {stem} and {stem}_packed, one too many: download it again")
+            raise CheckpointError(f"{place} has {stem} and its codes, one too many: download it again")
         weight = take_matrix(place, tensors, stem, kind)
         matrices[stem] = partial(lambda weight: weight, weight)
         tensors[stem] = torch.empty(weight.shape, dtype=config["dtype"], device="meta")
@@ -226,7 +226,7 @@ def take_matrix(where: Path, tensors: dict[str, Tensor], stem: str, kind: Kind) 
     for ending, (tensor, fit) in parts.items():
         integer = ending in ("_packed", "_zero_point")
         if min(N, K) < 1 or tuple(tensor.shape) != fit or (tensor.dtype == torch.int32) != integer:
-            what = f"{stem}{ending} is {tuple(tensor.shape)} in {tensor.dtype}, and its matrix {tuple(shape.tolist())}"
+            what = f"{stem}{ending} is {tuple(tensor.shape)} in {tensor.dtype}, and its matrix {(N, K)}"
             raise CheckpointError(f"{where}: {what}, which do not fit together: download it again")
     if kind.zeros:  # integers that are taken from the codes, packed from top to bottom
         points = unpack(zeros[0].T, kind.bits, N).T
