@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from llamabook import fast, pocket
-from llamabook.checkpoint import load_config, load_model
+from llamabook.checkpoint import check_config, load_config, load_model, recognize
 from llamabook.checkpoint.convert import convert
 from llamabook.checkpoint.huggingface import huggingface_names
 from llamabook.checkpoint.streaming import TensorWriter
@@ -237,7 +237,7 @@ def test_dequantized_by_convert(tmp_path, src):
     one, other = load_model(dst).state_dict(), load_model(dense).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert not torch.equal(other["out_head.weight"], other["tok_emb.weight"])
-    assert str(fast.engine.recognize(dense)[0]) == "huggingface"
+    assert recognize(dense)[0] == "huggingface" and recognize(dst)[0] == "quantized"
 
 
 # ---------------------------------------------------------------- files by others
@@ -443,6 +443,15 @@ def test_damaged_tensors_are_named(tmp_path, src, change, words):
     refused(dst, str(dst), words)
     with pytest.raises(CheckpointError):
         fast.load(dst)
+
+
+def test_a_configuration_alone(tmp_path, src):
+    """As a download checks it before it fetches the weights."""
+    dst = quantize(src, tmp_path / "dst", Scheme(4, 32))
+    want = load_config(dst)
+    (dst / "model.safetensors").unlink()
+    assert load_config(dst) == check_config(dst / "config.json") == want
+    assert check_config(src / "config.json") == load_config(src)
 
 
 def test_other_damage(tmp_path, src):
