@@ -153,7 +153,7 @@ def as_our_state(state_dict: dict[str, Tensor], tied: bool) -> dict[str, Tensor]
     state = {name: tensor for name, tensor in state_dict.items() if not table.fullmatch(name)}
     if tied and "tok_emb.weight" in state:
         embedding, head = state["tok_emb.weight"], state.get("out_head.weight")
-        if head is not None and not torch.equal(head, embedding.to(head)):
+        if head is not None and not head.is_meta and not torch.equal(head, embedding.to(head)):
             raise CheckpointError(
                 "out_head.weight differs from tok_emb.weight, but the model ties them: load this file with"
                 ' "tie_embeddings": False in the configuration'

@@ -11,6 +11,7 @@ from llamabook.checkpoint.huggingface import (
     choose_dtype,
     load_huggingface,
     read_config,
+    read_object,
     read_tensors,
     read_weights,
     weight_files,
@@ -22,11 +23,25 @@ from llamabook.llama2 import Llama2Model
 
 __all__ = ["load_config", "load_model"]
 
+
+
+def load_quantized(
+    path: str | Path, config: dict | None = None, device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Llama2Model:  # fmt: skip
+    """The model whose weights are the numbers that quantized ones stand for. Raises CheckpointError."""
+    from llamabook.fast.quantize.files import load_dense  # a higher row, asked for these files alone
+
+    return load_dense(path, config, device, dtype)
+
+
 LOADERS = {
     "huggingface": load_huggingface,
     "meta": load_llama3_meta,
     "gptfast": load_gptfast,
     "plain": load_plain,
+    "quantized": load_quantized,
+    "quantized_gptfast": load_quantized,
 }
 
 
@@ -37,8 +52,12 @@ def load_config(path: str | Path) -> dict:
     """
     path = Path(path)
     if path.is_dir() and (path / "config.json").exists() and not _weights_in(path):
-        return read_config(path / "config.json")
+        return check_config(path / "config.json")
     layout, place = recognize(path)
+    if layout.startswith("quantized"):
+        from llamabook.fast.quantize.files import read_quantized
+
+        return read_quantized(path).config
     if layout == "meta":
         return read_llama3_params(place)
     if layout == "huggingface":
@@ -62,6 +81,7 @@ def load_model(
 
     `path` is a folder of Hugging Face (config.json, *.safetensors or *.bin), of Meta (consolidated.*.pth,
     params.json) or of gpt-fast (model.pth, config.json), one of these files, or a .pth by our own weight names.
+    Quantized ones, which `llamabook quantize` or gpt-fast wrote, give the model of the numbers that they stand for.
     `config` is used instead of what stands beside the weights; dtype=None keeps their own.
     Nothing in the files is run, and they are mapped, not read. Raises CheckpointError.
     """
@@ -69,9 +89,25 @@ def load_model(
     return LOADERS[layout](place, config, device, dtype)
 
 
+def check_config(path: Path) -> dict:
+    """What a config.json says, of a quantized checkpoint, too. Raises CheckpointError."""
+    if "quantization_config" not in read_object(path):
+        return read_config(path)
+    from llamabook.fast.quantize.files import read_quantized_config
+
+    return read_quantized_config(path)[0]
+
+
 def recognize(path: str | Path) -> tuple[str, Path]:
     """The layout of what is in `path`, one of LOADERS, and the path that its loader takes. Raises CheckpointError."""
-    path = Path(path)
+    layout, place = _layout_and_place(Path(path))
+    config = (place if place.is_dir() else place.parent) / "config.json"
+    if layout == "huggingface" and config.exists() and "quantization_config" in read_object(config):
+        layout = "quantized"
+    return layout, place
+
+
+def _layout_and_place(path: Path) -> tuple[str, Path]:
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: check the path")
     if path.is_dir():
@@ -80,13 +116,13 @@ def recognize(path: str | Path) -> tuple[str, Path]:
             inside = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
             what = f"has no model.safetensors, consolidated.00.pth or model.pth (it holds {inside})"
             raise CheckpointError(f"{path} {what}: give the folder with the weights")
-        return found if isinstance(found, tuple) else recognize(found)
+        return found if isinstance(found, tuple) else _layout_and_place(found)
     if path.match("consolidated.*.pth") or path.name == "params.json":
         return "meta", path.parent
     if COUNTED.search(path.name):
         return "huggingface", path
     if path.suffix == ".json":
-        return recognize(path.parent)
+        return _layout_and_place(path.parent)
     return _layout_of(path), path
 
 
@@ -116,6 +152,7 @@ def _layout_of(path: Path) -> str:
         ("gptfast", ("layers.", "tok_embeddings.")),
     ):
         if any(name.startswith(beginnings) for name in names):
-            return layout
+            quantized = layout == "gptfast" and any(name.endswith((".scales", ".scales_and_zeros")) for name in names)
+            return f"quantized_{layout}" if quantized else layout
     what = ", ".join(name[:60] for name in names[:2]) or "nothing"
     raise CheckpointError(f"{path} has no weights of a Llama (but {what}): give another file")

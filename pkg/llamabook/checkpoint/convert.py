@@ -1,6 +1,8 @@
 """A checkpoint of one layout from one of another, whole or not at all. Written by hand."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -40,26 +42,51 @@ def convert(
     Args: layout, one of LAYOUTS; dtype, None for the checkpoint's own; force, whether a checkpoint that is
     in `dst` already may be replaced. The tokenizer goes along. Everything is written beside `dst` and renamed
     at the end, so an interrupted call leaves `dst` as it was.
+    Quantized weights become what they stand for, but for gpt-fast's in Hugging Face's layout: they stay as they are.
     Raises InputError for an impossible request, CheckpointError for a bad checkpoint.
     """
     src, dst = Path(src), Path(dst)
     if layout not in LAYOUTS:
         raise InputError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    with whole(src, dst, force) as part:
+        companions = companions_of(src)
+        if layout == "huggingface" and recognize(src)[0] == "quantized_gptfast":
+            rewrite_quantized(src, dst, part, dtype, companions)
+        else:
+            model = load_model(src, dtype=dtype)
+            check_space(sum(weight.nbytes for weight in model.parameters()), companions, dst)
+            write(model, part, layout, token_ids(src, companions))
+        for file in companions:
+            shutil.copyfile(file, part / file.name)
+    return dst
+
+
+@contextmanager
+def whole(src: Path, dst: Path, force: bool) -> Iterator[Path]:
+    """Where a folder is to be written that takes the name `dst` when the block ends, and vanishes if it raises.
+
+    Raises InputError unless `dst` is free, or may be replaced.
+    """
     part, old = (dst.parent / f".{dst.name}.{ending}" for ending in ("part", "old"))
     restore(dst, part, old)
     check_target(src, dst, force)
-    model, companions = load_model(src, dtype=dtype), companions_of(src)
-    check_space(model, companions, dst)
     try:
-        write(model, part, layout, token_ids(src, companions))
-        for file in companions:
-            shutil.copyfile(file, part / file.name)
+        yield part
         if dst.exists():
             dst.rename(old)
         part.rename(dst)
     finally:
         restore(dst, part, old)
-    return dst
+
+
+def rewrite_quantized(src: Path, dst: Path, part: Path, dtype: torch.dtype | None, companions: list[Path]) -> None:
+    """Write the codes of a checkpoint that gpt-fast has quantized into `part`, in our own form of them."""
+    from llamabook.fast.quantize import files  # a higher row, asked for this kind of files alone
+
+    stored = files.read_quantized(src)
+    out = files.writer_of(stored, part, dtype, token_ids(src, companions))
+    check_space(out.nbytes(), companions, dst)
+    files.copy_stored(stored, out)
 
 
 def write(model: nn.Module, folder: Path, layout: str, metadata: dict) -> None:
@@ -100,15 +127,14 @@ def check_target(src: Path, dst: Path, force: bool) -> None:
         raise InputError(f"{dst} holds a checkpoint already: give another folder, or --force to replace it")
 
 
-def check_space(model: nn.Module, companions: list[Path], dst: Path) -> None:
-    """Raises InputError if the disk of `dst` has too little room for the weights and what goes along."""
-    needed = sum(weight.nbytes for weight in model.parameters()) + sum(file.stat().st_size for file in companions)
-    needed += 2**20  # headers, indices, JSON
+def check_space(nbytes: int, companions: list[Path], dst: Path) -> None:
+    """Raises InputError if the disk of `dst` has too little room for `nbytes` of weights and what goes along."""
+    needed = nbytes + sum(file.stat().st_size for file in companions) + 2**20  # headers, indices, JSON
     disk = next(path for path in dst.resolve().parents if path.exists())
     free = shutil.disk_usage(disk).free
     if free < needed:
         what = f"{dst} needs {needed / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB free"
-        raise InputError(f"{what}: free some, or convert to another disk")
+        raise InputError(f"{what}: free some, or write to another disk")
 
 
 def companions_of(src: Path) -> list[Path]:

@@ -224,9 +224,9 @@ def own_config(path: Path, said: dict) -> dict:
     return {"rope_freq": None} | given | config | {"dtype": dtype_of(path, said)}
 
 
-def read_config(path: Path) -> dict:
-    """The configuration that a config.json states, as a dict with our keys. Raises CheckpointError."""
-    said = read_object(path)
+def read_config(path: Path, apart: str = "") -> dict:
+    """The configuration in a config.json, in our keys, less the key `apart`. Raises CheckpointError."""
+    said = {key: value for key, value in read_object(path).items() if key != apart}
     if "emb_dim" in said:
         return own_config(path, said)
     refuse_unknown(path, said)

@@ -118,6 +118,10 @@ Compile = Annotated[
 ]
 CompilePrefill = Annotated[bool, typer.Option("--compile_prefill", help="Compile the reading of the prompt, too.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+ExactActivations = Annotated[
+    bool,
+    typer.Option("--exact_activations", help="With quantized weights, never round what they are multiplied with to 8 bits."),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -174,6 +178,7 @@ def generate(
         Optional[Path],
         word("--profile", "FILE", "Write a trace of the last batch, for Perfetto: FILE.json, or FILE if it is .json.gz."),
     ] = None,
+    exact_activations: ExactActivations = False,
 ) -> Action:
     """Continue a prompt with a Llama.
 
@@ -187,7 +192,14 @@ def generate(
     from llamabook.cli.speak import Sampling, Speaker
 
     load = partial(
-        Speaker, checkpoint_path, device, chat=chat, dtype=dtype, compile=compile, compile_prefill=compile_prefill
+        Speaker,
+        checkpoint_path,
+        device,
+        chat=chat,
+        dtype=dtype,
+        compile=compile,
+        compile_prefill=compile_prefill,
+        exact_activations=exact_activations,
     )
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, tuple(stop or ()), seed)
     if interactive:
@@ -222,6 +234,7 @@ def chat(
     dtype: Dtype = None,
     compile: Compile = False,
     compile_prefill: CompilePrefill = False,
+    exact_activations: ExactActivations = False,
 ) -> Action:
     """Talk with a Llama.
 
@@ -234,7 +247,14 @@ def chat(
     return partial(
         talk,
         load=partial(
-            Speaker, checkpoint_path, device, chat=True, dtype=dtype, compile=compile, compile_prefill=compile_prefill
+            Speaker,
+            checkpoint_path,
+            device,
+            chat=True,
+            dtype=dtype,
+            compile=compile,
+            compile_prefill=compile_prefill,
+            exact_activations=exact_activations,
         ),
         system=system,
         sampling=Sampling(max_new_tokens, temperature, top_k, top_p, min_p, seed=seed),
@@ -299,6 +319,66 @@ def convert(
     from llamabook.cli.convert import rewrite
 
     return partial(rewrite, src=src, dst=dst, layout=layout, dtype=dtype, force=force)
+
+
+@app.command()
+def quantize(
+    ctx: typer.Context,
+    checkpoint_path: CheckpointPath = None,
+    mode: Annotated[str, word("--mode", "NAME", "int8, int4 or int4-gptq.")] = "int8",
+    groupsize: Annotated[
+        int, typer.Option("--groupsize", metavar="N", help="int4: how many weights share a scale: 32, 64, 128 or 256.")
+    ] = 32,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="int4: each group also has a zero of its own, which no other library reads.")
+    ] = False,
+    output: Annotated[
+        Optional[Path],
+        word("--output", "DIR", "The folder to write. [default: beside the checkpoint, as NAME-int8, NAME-int4.g32 or so]"),
+    ] = None,
+    calibration_file: Annotated[
+        Optional[Path], word("--calibration_file", "TEXT", "int4-gptq: a text to calibrate with. [default: the farm's texts]")
+    ] = None,
+    calibration_tasks: Annotated[
+        Optional[list[str]],
+        typer.Option("--calibration_tasks", metavar="NAME", help="int4-gptq: or the texts of lm-eval's tasks. Repeatable."),
+    ] = None,
+    calibration_limit: Annotated[
+        Optional[int], typer.Option("--calibration_limit", metavar="N", help="int4-gptq: at most N texts.")
+    ] = None,
+    calibration_seq_length: Annotated[
+        Optional[int], typer.Option("--calibration_seq_length", metavar="N", help="int4-gptq: N tokens each.")
+    ] = None,
+    percdamp: Annotated[
+        Optional[float],
+        typer.Option("--percdamp", metavar="X", help="int4-gptq: what is added to the Hessian, as a share of its diagonal."),
+    ] = None,
+    blocksize: Annotated[
+        Optional[int], typer.Option("--blocksize", metavar="N", help="int4-gptq: columns that are worked on together.")
+    ] = None,
+    act_order: Annotated[
+        bool, typer.Option("--act_order", help="int4-gptq: the columns with the largest inputs come first.")
+    ] = False,
+    force: Force = False,
+) -> Action:
+    """Write a checkpoint with 8 or 4 bits a weight.
+
+    int8 has one scale a row, int4 one for each group of a row, int4-gptq chooses its codes by what they do to texts. The
+    token table and the norms stay as they are. generate and chat take the folder as any other.
+    """
+    from llamabook.cli.quantize import shrink
+
+    given = {name: value for name, value in ctx.params.items() if ctx.get_parameter_source(name).name == "COMMANDLINE"}
+    return partial(
+        shrink,
+        checkpoint_path=checkpoint_path,
+        mode=mode,
+        groupsize=groupsize,
+        asymmetric=asymmetric,
+        output=output,
+        force=force,
+        given=given,
+    )
 
 
 @app.command()

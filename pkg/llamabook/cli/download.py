@@ -53,12 +53,12 @@ def make_runnable(repository, folder: Path, include: tuple[str, ...], force: boo
 
     Files in another format are kept in NAME-original beside it, from where they are converted.
     """
-    from llamabook.checkpoint.huggingface import read_config
+    from llamabook.checkpoint import check_config
     from llamabook.hub.repository import carry_out, plan
 
     wanted = plan(repository, include)
     if wanted.is_canonical:
-        carry_out(wanted, folder, force=force, say=tell, check=read_config)
+        carry_out(wanted, folder, force=force, say=tell, check=check_config)
     else:
         original = folder.with_name(folder.name + "-original")
         if folder.is_dir() and not original.exists() and has_all(folder, wanted):
@@ -68,7 +68,7 @@ def make_runnable(repository, folder: Path, include: tuple[str, ...], force: boo
         else:
             from llamabook.checkpoint.convert import convert
 
-            carry_out(wanted, original, force=force, say=tell, check=read_config)
+            carry_out(wanted, original, force=force, say=tell, check=check_config)
             tell(f"Converting {original} to {folder}")
             convert(original, folder, force=force)
             tell(f"The files as published stay in {original}; nothing needs them any more.")

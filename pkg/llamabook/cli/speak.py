@@ -96,7 +96,7 @@ class Speaker:
     Args: checkpoint_path, a folder or the weight file in it, None for an embedded model; device, a name, None for
     the fastest there is; chat, whether prompts are messages in the model's chat format; dtype, the name of the
     weights' type, None for the checkpoint's own (an embedded model's: float32); compile and compile_prefill, as of
-    `fast.generate`.
+    `fast.generate`; exact_activations, that quantized weights leave what they are multiplied with as it is.
     """
 
     def __init__(
@@ -107,6 +107,7 @@ class Speaker:
         dtype: str | None = None,
         compile: bool = False,
         compile_prefill: bool = False,
+        exact_activations: bool = False,
     ):
         import torch
 
@@ -120,7 +121,8 @@ class Speaker:
         if path is None:
             path = pocket.path(embedded(chat))
             dtype = dtype or torch.float32  # small, and the same text on more machines
-        self.model, self.tokenizer = fast.load(path, dtype=dtype, device=self.device)
+        activations = "exact" if exact_activations else "rounded"
+        self.model, self.tokenizer = fast.load(path, dtype=dtype, device=self.device, activations=activations)
         if self.device.type == "cpu":
             kernels.ready()  # built before anything is timed
         self.name = (path if path.is_dir() else path.parent).resolve().name
@@ -130,7 +132,8 @@ class Speaker:
         self.warm: set[int] = set()
 
     def __str__(self) -> str:
-        return f"{self.name} on {self.device}, {self.context_length} tokens of context"
+        kind = getattr(self.model, "quantization", None)
+        return f"{self.name}{f' in {kind}' if kind else ''} on {self.device}, {self.context_length} tokens of context"
 
     def encode(self, prompt: str, max_new_tokens: int) -> list[int]:
         """The prompt's ids, BOS included. Raises ContextError if they leave no room for a token."""
@@ -217,10 +220,12 @@ class Speaker:
 
     def step_bytes(self, prompt_tokens: int, spoken: Spoken) -> float:
         """What a step after the first token read and wrote at least: the weights, and the rows' caches so far."""
-        from llamabook.bench.job import Job, bytes_per_step
+        from llamabook.bench import job
+        from llamabook.fast.engine import weight_bytes
 
-        job = Job(None, None, str(self.device), "", len(spoken.rows), prompt_tokens, spoken.steps + 1)
-        return bytes_per_step("static", job, self.model.cfg)
+        texts = job.Job(None, None, str(self.device), "", len(spoken.rows), prompt_tokens, spoken.steps + 1)
+        caches = job.bytes_per_step("static", texts, self.model.cfg) - job.weight_bytes(self.model.cfg)
+        return weight_bytes(self.model) + caches
 
 
 def pick_device(name: str | None) -> str:

@@ -10,26 +10,37 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from llamabook.checkpoint import load_model
+from llamabook.checkpoint import load_model, recognize
 from llamabook.errors import CheckpointError, ContextError, InputError
 from llamabook.fast.decode import Stops, compile_model, stream_rows
 from llamabook.fast.model import Transformer, from_llama
+from llamabook.fast.quantize.files import load_engine, read_quantized
 from llamabook.fast.sampling import Sampler
 from llamabook.tokenizer import load_tokenizer, tokenizer_folder
 
-__all__ = ["generate", "load", "stream"]
+__all__ = ["generate", "load", "stream", "weight_bytes"]
 
 
 def load(
-    path: str | Path, dtype: torch.dtype | None = torch.bfloat16, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | None = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    activations: str = "rounded",
 ) -> tuple[Transformer, object]:
     """The model of a checkpoint, ready to generate, and its tokenizer.
 
     `path` is as for `llamabook.checkpoint.load_model`, with the tokenizer's file beside the weights. dtype=None keeps
-    the weights' own. Raises CheckpointError or TokenizerError.
+    the weights' own. A quantized checkpoint stays so: dtype is that of the rest, and the model's `quantization` says what
+    it is, as "int4.g32". activations: "rounded" lets a CPU round what its codes are multiplied with to 8 bits, where it
+    multiplies such numbers fastest; "exact" does not. Raises CheckpointError, TokenizerError or InputError.
     """
     path = Path(path)
-    model = from_llama(load_model(path), device=device, dtype=dtype)
+    if activations not in ("rounded", "exact"):
+        raise InputError(f"activations is {activations!r}: give 'rounded' or 'exact'")
+    if recognize(path)[0].startswith("quantized"):
+        model = load_engine(read_quantized(path), device, dtype, exact=activations == "exact")
+    else:
+        model = from_llama(load_model(path), device=device, dtype=dtype)
     tokenizer = load_tokenizer(tokenizer_folder(path))
     if tokenizer.vocab_size > model.cfg["vocab_size"]:
         raise CheckpointError(
@@ -38,6 +49,14 @@ def load(
         )
     model.tokenizer = tokenizer  # what stop strings are looked for with
     return model, tokenizer
+
+
+def weight_bytes(model: Transformer) -> int:
+    """What a step reads of the model's weights: blocks, norms and head as they lie in memory; of a table that is not the
+    head it takes but a few rows.
+    """
+    tensors = [t for part in (model.blocks, model.norm, model.head) for t in (*part.parameters(), *part.buffers())]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def generate(
