@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from llamabook import __version__
 from llamabook.errors import InputError, LlamaBookError
@@ -42,6 +42,22 @@ class Commands(TyperGroup):
             hint = f"did you mean {near[0]}?" if near else f"this version has {', '.join(known)}"
             raise InputError(f"there is no command {args[0]!r}: {hint}")
         return super().resolve_command(ctx, args)
+
+
+class SeveralTasks(TyperCommand):
+    """A command whose `--tasks` takes several words, as in gpt-fast: `--tasks a b` is `--tasks a --tasks b`."""
+
+    def parse_args(self, ctx, args):
+        flag, words = "", [""]
+        for word in args:
+            if word.startswith("-"):
+                flag = word.partition("=")[0]
+                if words[-1] == "--tasks":
+                    raise typer.BadParameter(f"needs a value, and was followed by {flag}", ctx, param_hint="--tasks")
+            elif flag == "--tasks" and words[-1] != "--tasks":
+                words.append("--tasks")
+            words.append(word)
+        return super().parse_args(ctx, words[1:])
 
 
 app = typer.Typer(
@@ -412,6 +428,67 @@ def train(
     from llamabook.cli.train import learn
 
     return partial(learn, name=name, output=output, base=base, steps=steps, restart=restart)
+
+
+@app.command(cls=SeveralTasks)
+def eval(
+    ctx: typer.Context,
+    checkpoint_path: CheckpointPath = None,
+    tasks: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--tasks",
+            metavar="NAME ...",
+            help="Tasks of lm-eval, such as hellaswag winogrande, or YAML files. [default: the farm's, which need no download]",
+        ),
+    ] = None,
+    limit: Annotated[
+        Optional[int], typer.Option("--limit", metavar="N", help="Only the first N questions of each task.")
+    ] = None,
+    perplexity: Annotated[
+        Optional[Path], word("--perplexity", "FILE", "Instead of tasks, how well the model predicts a text.")
+    ] = None,
+    window: Annotated[
+        Optional[int],
+        typer.Option("--window", metavar="N", help="Of the text, N tokens are read at once. [default: the context, at most 2048]"),
+    ] = None,
+    stride: Annotated[
+        Optional[int], typer.Option("--stride", metavar="N", help="The window moves N tokens. [default: half a window]")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option("--batch_size", metavar="N", help="How many texts or windows to read side by side.")
+    ] = 16,
+    max_seq_length: Annotated[
+        Optional[int],
+        typer.Option("--max_seq_length", metavar="N", help="Read at most N tokens of a question. [default: the context]"),
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run through torch.compile, which first takes some seconds.")
+    ] = False,
+    output: Annotated[Optional[Path], word("--output", "FILE", "Write the scores as JSON.")] = None,
+) -> Action:
+    """Measure how good a Llama is: scores on tasks, or the perplexity of a text.
+
+    Tasks run in lm-eval (pip install 'llamabook[eval]'); several names follow one --tasks. Each score stands with its
+    standard error and with what guessing would score.
+    """
+    from llamabook.cli.eval import score_tasks, score_text
+    from llamabook.cli.speak import Speaker
+
+    others = ("tasks", "limit", "max_seq_length") if perplexity else ("window", "stride")
+    for flag in others:
+        if ctx.get_parameter_source(flag).name == "COMMANDLINE":
+            raise InputError(
+                f"--perplexity and --{flag}: give one of them" if perplexity else f"--{flag} is for --perplexity: give that, too"
+            )
+    load = partial(Speaker, checkpoint_path, device, dtype=dtype)
+    how = {"load": load, "batch_size": batch_size, "compile": compile, "output": output}
+    if perplexity:
+        return partial(score_text, path=perplexity, window=window, stride=stride, **how)
+    names = [name.strip() for word in tasks or () for name in word.split(",")]
+    return partial(score_tasks, names=names, limit=limit, max_length=max_seq_length, **how)
 
 
 @app.command()
