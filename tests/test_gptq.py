@@ -7,7 +7,7 @@ import torch
 
 from llamabook.errors import InputError
 from llamabook.fast.quantize import gptq as module
-from llamabook.fast.quantize.gptq import Hessian, blocks_of, gptq, inverse_factor
+from llamabook.fast.quantize.gptq import Hessian, column_blocks, gptq, inverse_factor
 from llamabook.fast.quantize.weight import Scheme
 
 SCHEMES = [Scheme(4, 32), Scheme(4, 64), Scheme(4, 32, asymmetric=True), Scheme(4, 128, asymmetric=True), Scheme(8)]
@@ -165,10 +165,10 @@ def test_block_size_does_not_matter(scheme, act_order):
 
 
 def test_blocks_are_whole_groups_or_parts_of_one():
-    assert blocks_of(10, 2, 5) == [(0, 4), (4, 8), (8, 10)]
-    assert blocks_of(10, 8, 3) == [(0, 3), (3, 6), (6, 8), (8, 10)]
-    assert blocks_of(10, 10, 4) == [(0, 4), (4, 8), (8, 10)]
-    assert blocks_of(5, 32, 128) == [(0, 5)]
+    assert column_blocks(10, 2, 5) == [(0, 4), (4, 8), (8, 10)]
+    assert column_blocks(10, 8, 3) == [(0, 3), (3, 6), (6, 8), (8, 10)]
+    assert column_blocks(10, 10, 4) == [(0, 4), (4, 8), (8, 10)]
+    assert column_blocks(5, 32, 128) == [(0, 5)]
 
 
 def test_rows_know_nothing_of_each_other(monkeypatch):

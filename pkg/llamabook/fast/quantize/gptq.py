@@ -68,7 +68,7 @@ def inverse_factor(hessian: Tensor, percdamp: float = 0.01) -> Tensor:
     raise InputError("the Hessian has no inverse, however much it is damped: give one of `Hessian`")
 
 
-def blocks_of(K: int, groupsize: int, blocksize: int) -> list[tuple[int, int]]:
+def column_blocks(K: int, groupsize: int, blocksize: int) -> list[tuple[int, int]]:
     """Where blocks of columns begin and end: each at most `blocksize` of them, whole groups or a part of one."""
     whole = max(blocksize // groupsize, 1) * groupsize
     ends = [(first, min(first + whole, K)) for first in range(0, K, whole)]
@@ -126,7 +126,7 @@ def round_matrix(weight: Tensor, U: Tensor, scheme: Scheme, order: Tensor | None
         return grids[int(places[j]) // groupsize]
 
     codes = torch.empty(W.shape, dtype=torch.int8)
-    for a, b in blocks_of(K, groupsize, blocksize):
+    for a, b in column_blocks(K, groupsize, blocksize):
         codes[places[a:b]], errors = round_block(W[a:b], U[a:b, a:b], lambda j: grid_at(a + j), scheme.bits)
         W[b:].addmm_(U[a:b, b:].T, errors, alpha=-1)  # all columns behind the block at once
     scales, zeros = (torch.stack(tables, dim=1).bfloat16() for tables in zip(*grids))
@@ -137,30 +137,30 @@ def round_matrix(weight: Tensor, U: Tensor, scheme: Scheme, order: Tensor | None
 ROWS = 8192  # of a matrix that are rounded at a time: its rows know nothing of each other
 
 
+def check_settings(percdamp: float, blocksize: int) -> None:
+    """Raises InputError for settings that `gptq` can't work with."""
+    if type(percdamp) not in (int, float) or not 0 <= percdamp < math.inf:
+        raise InputError(f"percdamp is {percdamp!r}: give a number from 0 up, as 0.01")
+    if type(blocksize) is not int or blocksize < 1:
+        raise InputError(f"blocksize is {blocksize!r}: give a whole number from 1 up")
+
+
 def gptq(
     weight: Tensor, hessian: Tensor, scheme: Scheme, *,
     percdamp: float = 0.01, blocksize: int = 128, act_order: bool = False,
 ) -> Quantized:  # fmt: skip
     """Quantize a matrix (N, K) so that its outputs on the inputs behind `hessian` (K, K) stay close. Raises InputError.
 
-    Args: percdamp, as of `inverse_factor`; blocksize, how many columns make up for errors before those behind do, which
-    changes the time and not the result; act_order, whether the columns with the largest inputs come first.
+    Args: percdamp, as of `inverse_factor`; blocksize, how many columns make up for errors before those behind them do,
+    which changes the time and not the result; act_order, whether the columns with the largest inputs come first.
     Source: Frantar et al., 2022, algorithm 1.
     """
-    check_request(weight, hessian, percdamp, blocksize)
-    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
-    U = inverse_factor(hessian if order is None else hessian[order][:, order], percdamp)
-    return stack([round_matrix(rows, U, scheme, order, blocksize) for rows in weight.split(ROWS)])
-
-
-def check_request(weight: Tensor, hessian: Tensor, percdamp: float, blocksize: int) -> None:
-    """Raises InputError for what `gptq` can't work with."""
+    check_settings(percdamp, blocksize)
     if weight.dim() != 2 or tuple(hessian.shape) != (weight.shape[1],) * 2:
         shapes = f"{tuple(weight.shape)}, the Hessian {tuple(hessian.shape)}"
         raise InputError(f"the weight is {shapes}: give (N, K) and (K, K)")
     if not hessian.isfinite().all():
         raise InputError("the Hessian has numbers that are infinite or none (NaN): calibrate a sound checkpoint")
-    if not (isinstance(percdamp, (int, float)) and 0 <= percdamp < math.inf):
-        raise InputError(f"percdamp is {percdamp!r}: give a number from 0 up, as 0.01")
-    if type(blocksize) is not int or blocksize < 1:
-        raise InputError(f"blocksize is {blocksize!r}: give a whole number from 1 up")
+    order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
+    U = inverse_factor(hessian if order is None else hessian[order][:, order], percdamp)
+    return stack([round_matrix(rows, U, scheme, order, blocksize) for rows in weight.split(ROWS)])
