@@ -75,6 +75,8 @@ from llamabook.checks.ch04_speed import (
     check_step_costs,
     check_visible_scores,
 )
+from llamabook.checks.ch05_int8 import check_absmax_rows, check_smooth, check_whole_number_product  # isort: skip
+from llamabook.checks.ch05_int4 import check_product_in_groups, check_search_scale, check_signed_nibbles  # isort: skip
 from llamabook.checks.core import (
     CheckFailed,
     Exercise,
@@ -94,6 +96,7 @@ __all__ = [
     "Result",
     "Slots",
     "TinyTokenizer",
+    "check_absmax_rows",
     "check_add_turn",
     "check_answer_log_prob",
     "check_answer_mask",
@@ -122,6 +125,7 @@ __all__ = [
     "check_most_tokens_per_s",
     "check_positions_computed",
     "check_positions_that_fit",
+    "check_product_in_groups",
     "check_ragged",
     "check_repaired_block",
     "check_repaired_loader",
@@ -134,8 +138,11 @@ __all__ = [
     "check_rows_until_compute",
     "check_scaled_frequencies",
     "check_scaled_frequency",
+    "check_search_scale",
+    "check_signed_nibbles",
     "check_silu_slope",
     "check_slots_hold",
+    "check_smooth",
     "check_split_wqkv",
     "check_step_costs",
     "check_stream_text",
@@ -146,6 +153,7 @@ __all__ = [
     "check_unfinished_pairs",
     "check_until_stop",
     "check_visible_scores",
+    "check_whole_number_product",
     "check_write_rows",
     "exercises",
     "grade",

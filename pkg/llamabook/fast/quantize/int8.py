@@ -8,9 +8,10 @@ from torch import Tensor
 
 
 def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (N, K), int8 from -127 to 127, and the scale of each row (N, 1), bfloat16: weight is about codes * scales.
+    """Codes (N, K), int8 from -127 to 127, and the scale of each row (N, 1), bfloat16.
 
-    A row's largest number, without its sign, becomes 127. A row of zeros has the scale 1.
+    The weight is about codes * scales. A row's largest number, without its sign, becomes 127; a row of zeros
+    has the scale 1.
     Source: absmax quantization per output channel, as in LLM.int8() (Dettmers et al. 2022, section 2).
     """
     weight = weight.float()

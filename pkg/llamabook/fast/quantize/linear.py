@@ -13,8 +13,8 @@ from llamabook.fast.quantize.weight import Quantized, Scheme
 class QuantizedLinear(nn.Module):
     """x W^T without a bias, of a weight in few bits: it stands where `fast.linear.Linear` does.
 
-    Args: the widths K and N; dtype, not used: x has its own; scheme, by which `set_weight` quantizes; exact, whether x
-    is never rounded to 8 bits, which the CPU's fast kernel does.
+    Args: the widths K and N; dtype, not used: x has its own; scheme, by which `set_weight` quantizes; exact,
+    whether x is never rounded to 8 bits, which the CPU's fast kernel does.
     Shape: (..., K) to (..., N).
     """
 
@@ -23,7 +23,8 @@ class QuantizedLinear(nn.Module):
         scheme: Scheme | None = None, exact: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.in_features, self.out_features, self.scheme, self.exact = in_features, out_features, scheme, exact
+        self.in_features, self.out_features = in_features, out_features
+        self.scheme, self.exact = scheme, exact
         self.count = 0  # of tensors
 
     def set_weight(self, weight: Tensor) -> None:

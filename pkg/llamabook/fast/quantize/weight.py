@@ -17,10 +17,10 @@ from llamabook.fast.quantize.int8 import quantize_int8
 
 @dataclass(frozen=True)
 class Quantized:
-    """A matrix (N, K) in 8 or 4 bits: (codes + zeros / scales) * scales, as it is stored, for any device.
+    """A matrix (N, K) in 8 or 4 bits: codes * scales + zeros, as it is stored, for any device.
 
-    words (N, ceil(K * bits / 32)) int32, as `pack` makes them; scales and zeros (N, groups) bfloat16, of groups of
-    `groupsize` columns, the last of which may be short; no zeros: None.
+    words (N, ceil(K * bits / 32)), int32, as `pack` makes them; scales and zeros (N, groups), bfloat16, of
+    groups of `groupsize` columns, the last of which may be short; no zeros: None.
     """
 
     words: Tensor
@@ -41,8 +41,8 @@ class Quantized:
     def dequantize(self) -> Tensor:
         """The matrix (N, K) that is meant, float32."""
         N, groups = self.scales.shape
-        codes = F.pad(self.codes().float(), (0, groups * self.groupsize - self.K)).unflatten(1, (groups, -1))
-        weight = codes * self.scales.float().unsqueeze(-1)
+        codes = F.pad(self.codes().float(), (0, groups * self.groupsize - self.K))  # (N, groups * groupsize)
+        weight = codes.unflatten(1, (groups, -1)) * self.scales.float().unsqueeze(-1)
         weight = weight if self.zeros is None else weight + self.zeros.float().unsqueeze(-1)
         return weight.flatten(1)[:, : self.K]
 
@@ -78,9 +78,10 @@ class Scheme:
         if self.bits not in (8, 4):
             raise InputError(f"{self.bits} bits: give 8 or 4")
         if self.bits == 8 and (self.groupsize is not None or self.asymmetric):
-            raise InputError("int8 has one scale a row, and no zeros: leave the group size and asymmetric out")
+            raise InputError("int8 has one scale a row and no zeros: leave group size and asymmetric out")
         if self.bits == 4 and self.groupsize not in GROUP_SIZES:
-            raise InputError(f"the group size is {self.groupsize}: give one of {', '.join(map(str, GROUP_SIZES))}")
+            sizes = ", ".join(map(str, GROUP_SIZES))
+            raise InputError(f"the group size is {self.groupsize}: give one of {sizes}")
 
     def __str__(self) -> str:
         return "int8" if self.bits == 8 else f"int4.g{self.groupsize}"
@@ -88,7 +89,7 @@ class Scheme:
     def __call__(self, weight: Tensor) -> Quantized:
         """Raises InputError where a number of `weight` is none (NaN) or infinite."""
         if not weight.isfinite().all():
-            raise InputError("the weight has numbers that are infinite or none (NaN): quantize a sound checkpoint")
+            raise InputError("the weight has infinite numbers or NaN: quantize a sound checkpoint")
         zeros = None
         if self.bits == 8:
             codes, scales = quantize_int8(weight)
