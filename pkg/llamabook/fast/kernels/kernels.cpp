@@ -44,7 +44,7 @@ constexpr int LANES = 4, REGISTERS = 16;
 constexpr int ROWS = 8;  // rows of x that share one pass over the weights
 constexpr int64_t WIDTH = 2048;  // bytes of each row of x that one pass takes: 8 rows of it are half a first-level cache
 constexpr int64_t BLOCK = 65536;  // bytes of weights for each row of a tile that all passes go over before the next ones
-constexpr int64_t SHARE = 262144;  // bytes of weights that a thread takes at a time: no two threads are equally fast
+constexpr int64_t SHARE = 65536;  // bytes of weights that a thread takes at a time, or more
 constexpr int64_t CHUNK = 256;  // cache slots that one task of attention reads
 constexpr int64_t MAX_HEAD_DIM = 256;
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
@@ -221,6 +221,23 @@ static void multiply(const typename How::Number* x, const W* weight, W* y, int64
   }
 }
 
+// Has the threads do `work` from 0 to `count`, none of which are equally fast: each takes a share of what is left, again
+// and again, first large ones, since each is a new stream for the memory, then small ones, so that all end together.
+template <typename Work>
+static void share_out(int64_t count, int64_t least, int64_t most, const Work& work) {
+  const int64_t takers = std::min<int64_t>(torch::stable::get_num_threads(), (count + least - 1) / least);
+  std::atomic<int64_t> next{0};
+  parallel_for(0, takers, 1, [&](int64_t, int64_t) {
+    for (int64_t first = next; first < count;) {
+      const int64_t share = std::min(std::max((count - first) / (2 * takers), least), most);
+      const int64_t end = std::min(first + share, count);
+      if (!next.compare_exchange_weak(first, end)) continue;  // another one was faster, and `first` is where it ends
+      work(first, end);
+      first = next;
+    }
+  });
+}
+
 // y (rows, N) of x (rows, K) and weight (N, K), whose rows are `stride` apart
 template <typename How, typename E>
 static void multiply_all(const E* x, const E* weight, E* y, int64_t rows, int64_t N, int64_t K, int64_t stride) {
@@ -233,12 +250,8 @@ static void multiply_all(const E* x, const E* weight, E* y, int64_t rows, int64_
   for (int64_t t = 0; t < rows; t += ROWS) {
     const int64_t T = std::min<int64_t>(ROWS, rows - t);
     pack<How>(x + t * K, T, K, packed.data());
-    const int64_t share = std::max<int64_t>(1, (T == 1 ? SHARE : 4 * SHARE) / std::max<int64_t>(1, K * sizeof(E)));
-    const int64_t takers = std::min<int64_t>(torch::stable::get_num_threads(), (N + share - 1) / share);
-    std::atomic<int64_t> next{0};
-    parallel_for(0, takers, 1, [&](int64_t, int64_t) {
-      for (int64_t n; (n = next.fetch_add(share)) < N;)
-        of[T - 1](packed.data(), weight, y + t * N, N, K, stride, n, std::min(n + share, N));
+    share_out(N, std::max<int64_t>(1, SHARE / std::max<int64_t>(1, K * sizeof(E))), N, [&](int64_t begin, int64_t end) {
+      of[T - 1](packed.data(), weight, y + t * N, N, K, stride, begin, end);
     });
   }
 }
@@ -283,6 +296,14 @@ struct Codes {
   int64_t bytes() const { return K * TALL * bits / 8; }  // of a block
 };
 
+constexpr int ORDER[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of eight columns in 4 bits
+
+static inline uint32_t every_other(uint64_t bytes) {  // of eight, from the lowest on
+  bytes &= 0x00ff00ff00ff00ff;
+  bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffff;
+  return bytes | bytes >> 16;
+}
+
 // x as it is, in float32
 struct Exact {
   struct Four { float number[4]; };
@@ -296,9 +317,9 @@ struct Exact {
   }
   static inline Floats finish(Sum sum) { return sum; }
 
-  static void take(const float* x, int, Four* to, int64_t step, int32_t& offset, float& scale, float& sum) {
+  static void take(const float* x, int middle, Four* to, int64_t step, int32_t& offset, float& scale, float& sum, Floats&) {
     sum = 0;
-    for (int i = 0; i < GROUP; i++) sum += x[i], to[i / 4 * step].number[i % 4] = x[i];
+    for (int i = 0; i < GROUP; i++) sum += x[i], to[i / 4 * step].number[i % 4] = x[middle == 8 ? i / 8 * 8 + ORDER[i % 8] : i];
     offset = 0, scale = 1;
   }
 };
@@ -333,8 +354,8 @@ struct Rounded {
   }
   static inline Floats finish(Sum sum) { return __builtin_convertvector(sum, Floats); }
 
-  static void take(const float* x, int middle, Four* to, int64_t step, int32_t& offset, float& scale, float& sum) {
-    Floats high = {}, odd = {};
+  static void take(const float* x, int middle, Four* to, int64_t step, int32_t& offset, float& scale, float& sum, Floats& odd) {
+    Floats high = {};
     for (int i = 0; i < GROUP; i += LANES) {
       const Floats a = load(x + i);
       high = larger(a < 0.0f ? -a : a, high), odd += a * 0.0f;
@@ -346,22 +367,18 @@ struct Rounded {
       const int32_t code = __builtin_rintf(x[i] * turns);
       codes[i] = code, total += code;
     }
-    for (int i = 0; i < GROUP / 4; i++) std::memcpy(to + i * step, codes + 4 * i, 4);
-    scale = most / 127 + add_up(odd);  // no number if one of x is none
-    offset = SIGNED && middle == 128 ? 0 : -middle * total, sum = scale * total;
+    for (int i = 0; i < GROUP / 8; i++, to += 2 * step) {
+      uint64_t eight;
+      std::memcpy(&eight, codes + 8 * i, 8);
+      to[0] = middle == 8 ? every_other(eight) : eight, to[step] = middle == 8 ? every_other(eight >> 8) : eight >> 32;
+    }
+    scale = most / 127, sum = scale * total;
+    offset = SIGNED && middle == 128 ? 0 : -middle * total;
   }
 };
 #else
 typedef Exact Rounded;
 #endif
-
-// Of each eight of GROUP numbers the even ones, then the odd ones
-static inline void even_first(float* x) {
-  float in[GROUP];
-  std::memcpy(in, x, sizeof in);
-  for (int i = 0; i < GROUP; i += 8)
-    for (int j = 0; j < 4; j++) x[i + j] = in[i + 2 * j], x[i + 4 + j] = in[i + 2 * j + 1];
-}
 
 // T rows of x as the blocks meet them: four numbers of each row in turn, and what belongs to each GROUP
 template <typename How>
@@ -374,7 +391,8 @@ struct Few {
   void take(const E* x, int64_t T, int64_t K, int64_t padded, int bits) {
     const int64_t count = padded / GROUP * T;
     fours.resize(padded / 4 * T), offsets.resize(count), scales.resize(count), sums.resize(count);
-    for (int64_t t = 0; t < T; t++)
+    for (int64_t t = 0; t < T; t++) {
+      Floats odd = {};  // no number where one of x is none
       for (int64_t k = 0; k < padded; k += GROUP) {
         const int64_t i = k / GROUP * T + t;
         float number[GROUP] = {};
@@ -382,9 +400,10 @@ struct Few {
           for (int j = 0; j < GROUP; j += LANES) store(load(x + t * K + k + j), number + j);
         else
           for (int64_t j = 0; k + j < K; j++) number[j] = widen(x[t * K + k + j]);
-        if (bits == 4) even_first(number);
-        How::take(number, 1 << (bits - 1), &fours[k / 4 * T + t], T, offsets[i], scales[i], sums[i]);
+        How::take(number, 1 << (bits - 1), &fours[k / 4 * T + t], T, offsets[i], scales[i], sums[i], odd);
       }
+      scales[t] += add_up(odd);
+    }
   }
 };
 
@@ -447,19 +466,16 @@ static void multiply_codes(const E* x, const Codes& w, E* y, int64_t rows, int64
   if (tiles > 1) parallel_for(0, tiles, 1, take);
   else take(0, tiles);
 
-  const int64_t share = std::max<int64_t>(1, SHARE / w.bytes());  // blocks, which all tiles go over before the next ones
-  const int64_t takers = std::min<int64_t>(torch::stable::get_num_threads(), (w.blocks + share - 1) / share);
-  std::atomic<int64_t> next{0};
-  parallel_for(0, takers, 1, [&](int64_t, int64_t) {
+  const int64_t least = std::max<int64_t>(1, SHARE / w.bytes());  // blocks that stay in a cache while all tiles go over them
+  share_out(w.blocks, least, tiles > 1 ? 4 * least : w.blocks, [&](int64_t begin, int64_t end) {
     float sums[MOST * TALL];
-    for (int64_t first; (first = next.fetch_add(share)) < w.blocks;)
-      for (int64_t tile = 0; tile < tiles; tile++)
-        for (int64_t block = first; block < std::min(first + share, w.blocks); block++) {
-          of[tall(tile) - 1](w, block, few[tile], sums);
-          for (int64_t t = 0; t < tall(tile); t++)
-            for (int64_t r = 0; r < std::min<int64_t>(TALL, N - block * TALL); r++)
-              store(sums[t * TALL + r], y + (tile * MOST + t) * N + block * TALL + r);
-        }
+    for (int64_t tile = 0; tile < tiles; tile++)
+      for (int64_t block = begin; block < end; block++) {
+        of[tall(tile) - 1](w, block, few[tile], sums);
+        for (int64_t t = 0; t < tall(tile); t++)
+          for (int64_t r = 0; r < std::min<int64_t>(TALL, N - block * TALL); r++)
+            store(sums[t * TALL + r], y + (tile * MOST + t) * N + block * TALL + r);
+      }
   });
 }
 
