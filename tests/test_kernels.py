@@ -605,7 +605,7 @@ MISTAKES = {
     "neighbours are the same one twice": ("even + 1)", "even)"),
     "the last keys are read where the first stand": ("rest + (j - s) * d, keys + j * key_stride", "rest + (j - s) * d, keys + (j - s) * key_stride"),
     "a chunk's last value is left out": ("for (int64_t s = 0; s < count; s++) {", "for (int64_t s = 0; s + 1 < count; s++) {"),
-    "a share of the rows is left out": ("n = next.fetch_add(share)) < N;", "n = next.fetch_add(share)) + share < N;"),
+    "a share of the rows is left out": ("first < count;) {\n", "first + least < count;) {\n"),
     "the norm forgets eps": ("/ D + eps)", "/ D)"),
     "pairs are turned the other way": ("first * cos[i] - second", "first * cos[i] + second"),
     "SiLU of the wrong half": ("x = load(both + i), e", "x = load(both + F + i), e"),
