@@ -20,6 +20,7 @@ from pathlib import Path
 import answers_ch02
 import answers_ch03
 import answers_ch04
+import answers_ch05_gptq
 import answers_ch05_int4
 import answers_ch05_int8
 import pytest
@@ -36,7 +37,7 @@ CHAPTERS = {  # a chapter's solutions, one notebook a topic, their exercises num
     2: [FOLDERS["ch02"] / "04_exercises_solutions.ipynb"],
     3: [FOLDERS["ch03"] / "02_exercises_solutions.ipynb"],
     4: [FOLDERS["ch04"] / f"{topic}_exercises_solutions.ipynb" for topic in ("05_cache", "06_speed")],
-    5: [FOLDERS["ch05"] / f"{topic}_exercises_solutions.ipynb" for topic in ("05_int8", "06_int4")],
+    5: [FOLDERS["ch05"] / f"{topic}_exercises_solutions.ipynb" for topic in ("05_int8", "06_int4", "07_gptq")],
 }
 PAGES = [path for paths in CHAPTERS.values() for path in paths]
 NAMES = list(EXERCISES)
@@ -45,7 +46,7 @@ NAMES = list(EXERCISES)
 # Several replacements in one mutant: a list of pairs in the place of the first two.
 # Those of chapter 1 stand here, those of later chapters in files of their own.
 MUTANTS = answers_ch02.MUTANTS | answers_ch03.MUTANTS | answers_ch04.MUTANTS
-MUTANTS |= answers_ch05_int8.MUTANTS | answers_ch05_int4.MUTANTS
+MUTANTS |= answers_ch05_int8.MUTANTS | answers_ch05_int4.MUTANTS | answers_ch05_gptq.MUTANTS
 MUTANTS |= {
     "rms_norm": [
         (
@@ -814,6 +815,7 @@ OTHERS = {
     **answers_ch04.OTHERS,
     **answers_ch05_int8.OTHERS,
     **answers_ch05_int4.OTHERS,
+    **answers_ch05_gptq.OTHERS,
 }
 
 
@@ -929,7 +931,7 @@ def test_score_report_and_grade():
 
 def test_registry_is_complete():
     assert set(MUTANTS) == set(SOURCES) == set(STUBS) == set(EXERCISES)
-    least = {1: 12, 2: 8, 3: 3, 4: 11, 5: 6}
+    least = {1: 12, 2: 8, 3: 3, 4: 11, 5: 9}
     worth = {"warm-up": 5, "core": 10, "stretch": 20}
     assert checks.score(1)[1] == 200
     for chapter in CHAPTERS:
