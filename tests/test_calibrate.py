@@ -396,7 +396,7 @@ def test_a_weight_that_is_no_number_is_named(tmp_path, oracles, name):
     tensors[name][3, 5] = torch.nan
     src = write_huggingface(tmp_path / "src", UNTIED, tensors)
     ours = {"model": "trf_blocks.1.ff.fc3.weight", "lm_he": "out_head.weight"}[name[:5]]
-    with pytest.raises(CheckpointError, match=f"{ours} has numbers that are infinite or none"):
+    with pytest.raises(CheckpointError, match=f"{ours} has infinite numbers or NaN"):
         quantize_gptq(src, tmp_path / "out", Scheme(4, 32), ROWS)
     assert not (tmp_path / "out").exists()
 

@@ -21,6 +21,7 @@ import answers_ch02
 import answers_ch03
 import answers_ch04
 import answers_ch05_evaluation
+import answers_ch05_gptq
 import answers_ch05_int4
 import answers_ch05_int8
 import pytest
@@ -37,7 +38,7 @@ CHAPTERS = {  # a chapter's solutions, one notebook a topic, their exercises num
     2: [FOLDERS["ch02"] / "04_exercises_solutions.ipynb"],
     3: [FOLDERS["ch03"] / "02_exercises_solutions.ipynb"],
     4: [FOLDERS["ch04"] / f"{topic}_exercises_solutions.ipynb" for topic in ("05_cache", "06_speed")],
-    5: [FOLDERS["ch05"] / f"{topic}_exercises_solutions.ipynb" for topic in ("05_int8", "06_int4", "08_evaluation")],
+    5: [FOLDERS["ch05"] / f"{topic}_exercises_solutions.ipynb" for topic in ("05_int8", "06_int4", "07_gptq", "08_evaluation")],
 }
 PAGES = [path for paths in CHAPTERS.values() for path in paths]
 NAMES = list(EXERCISES)
@@ -46,7 +47,7 @@ NAMES = list(EXERCISES)
 # Several replacements in one mutant: a list of pairs in the place of the first two.
 # Those of chapter 1 stand here, those of later chapters in files of their own.
 MUTANTS = answers_ch02.MUTANTS | answers_ch03.MUTANTS | answers_ch04.MUTANTS
-MUTANTS |= answers_ch05_int8.MUTANTS | answers_ch05_int4.MUTANTS
+MUTANTS |= answers_ch05_int8.MUTANTS | answers_ch05_int4.MUTANTS | answers_ch05_gptq.MUTANTS
 MUTANTS |= answers_ch05_evaluation.MUTANTS
 MUTANTS |= {
     "rms_norm": [
@@ -816,6 +817,7 @@ OTHERS = {
     **answers_ch04.OTHERS,
     **answers_ch05_int8.OTHERS,
     **answers_ch05_int4.OTHERS,
+    **answers_ch05_gptq.OTHERS,
     **answers_ch05_evaluation.OTHERS,
 }
 

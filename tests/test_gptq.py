@@ -227,8 +227,8 @@ def test_a_singular_hessian_is_damped_more_and_that_is_said(capsys):
     (lambda ask: ask | {"hessian": torch.eye(63)}, "(4, 64), the Hessian (63, 63)"),
     (lambda ask: ask | {"hessian": torch.ones(64)}, "give (N, K) and (K, K)"),
     (lambda ask: ask | {"weight": torch.ones(64)}, "give (N, K) and (K, K)"),
-    (lambda ask: ask | {"weight": torch.full((4, 64), torch.nan)}, "the weight has numbers that are infinite or none"),
-    (lambda ask: ask | {"hessian": torch.full((64, 64), torch.inf)}, "the Hessian has numbers that are infinite or none"),
+    (lambda ask: ask | {"weight": torch.full((4, 64), torch.nan)}, "the weight has infinite numbers or NaN"),
+    (lambda ask: ask | {"hessian": torch.full((64, 64), torch.inf)}, "the Hessian has infinite numbers or NaN"),
     (lambda ask: ask | {"hessian": -torch.eye(64)}, "no inverse, however much it is damped"),
     (lambda ask: ask | {"percdamp": -0.1}, "percdamp is -0.1"),
     (lambda ask: ask | {"percdamp": math.nan}, "percdamp is nan"),
@@ -245,7 +245,7 @@ def test_what_it_refuses(change, what):
 
 def test_what_a_hessian_refuses():
     hessian = Hessian(8)
-    for x, what in ((torch.ones(3, 9), "9 wide, the Hessian 8"), (torch.full((3, 8), torch.nan), "infinite or none")):
+    for x, what in ((torch.ones(3, 9), "9 wide, the Hessian 8"), (torch.full((3, 8), torch.nan), "infinite numbers or NaN")):
         with pytest.raises(InputError, match=what):
             hessian.add(x)
     with pytest.raises(InputError, match="one text at least"):

@@ -77,6 +77,7 @@ from llamabook.checks.ch04_speed import (
 )
 from llamabook.checks.ch05_int8 import check_absmax_rows, check_smooth, check_whole_number_product  # isort: skip
 from llamabook.checks.ch05_int4 import check_product_in_groups, check_search_scale, check_signed_nibbles  # isort: skip
+from llamabook.checks.ch05_gptq import check_input_hessian, check_make_up, check_round_cheapest  # isort: skip
 from llamabook.checks.ch05_evaluation import check_choose, check_sliding_nats, check_verdict  # isort: skip
 from llamabook.checks.core import (
     CheckFailed,
@@ -119,9 +120,11 @@ __all__ = [
     "check_held_bytes",
     "check_hidden_width",
     "check_inference_bytes",
+    "check_input_hessian",
     "check_interleaved_to_half_split",
     "check_join_chunks",
     "check_load_tied",
+    "check_make_up",
     "check_merge_bytes",
     "check_merge_shards",
     "check_most_tokens_per_s",
@@ -136,6 +139,7 @@ __all__ = [
     "check_rms_norm",
     "check_rope_frequencies",
     "check_rope_score",
+    "check_round_cheapest",
     "check_row_probs",
     "check_rows_until_compute",
     "check_scaled_frequencies",

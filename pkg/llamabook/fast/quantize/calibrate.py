@@ -306,10 +306,10 @@ def blocks_in(src: Path, model: nn.Module, rest: dict[str, Tensor]) -> Iterator[
 
 
 def check_finite(src: Path, weights: dict[str, Tensor]) -> None:
-    """Raises CheckpointError, which names the weight, where one has numbers that are infinite or none."""
+    """Raises CheckpointError, which names the weight, where one has infinite numbers or NaN."""
     for name, weight in weights.items():
         if not weight.isfinite().all():
-            raise CheckpointError(f"{src}: {name} has numbers that are infinite or none (NaN): give a sound checkpoint")
+            raise CheckpointError(f"{src}: {name} has infinite numbers or NaN: give a sound checkpoint")
 
 
 @torch.no_grad()

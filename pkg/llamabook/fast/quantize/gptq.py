@@ -28,13 +28,13 @@ class Hessian:
         self.sum, self.n = torch.zeros(K, K, dtype=dtype), 0
 
     def add(self, x: Tensor) -> None:
-        """Count the inputs x (..., K). Raises InputError for another width, or numbers that are infinite or none."""
+        """Count the inputs x (..., K). Raises InputError for another width, infinite numbers or NaN."""
         K = len(self.sum)
         if x.shape[-1] != K:
             raise InputError(f"the inputs are {x.shape[-1]} wide, the Hessian {K}: give the inputs of one linear")
         x = x.reshape(-1, K).to(self.sum.dtype)
         if not x.isfinite().all():
-            raise InputError("the inputs have numbers that are infinite or none (NaN): calibrate a sound checkpoint")
+            raise InputError("the inputs have infinite numbers or NaN: calibrate a sound checkpoint")
         self.n += len(x)
         for start in range(0, K, TILE):  # up to the diagonal: the other half is the same
             end = start + TILE
@@ -160,7 +160,7 @@ def gptq(
         shapes = f"{tuple(weight.shape)}, the Hessian {tuple(hessian.shape)}"
         raise InputError(f"the weight is {shapes}: give (N, K) and (K, K)")
     if not hessian.isfinite().all():
-        raise InputError("the Hessian has numbers that are infinite or none (NaN): calibrate a sound checkpoint")
+        raise InputError("the Hessian has infinite numbers or NaN: calibrate a sound checkpoint")
     order = hessian.diagonal().argsort(descending=True, stable=True) if act_order else None
     U = inverse_factor(hessian if order is None else hessian[order][:, order], percdamp)
     return stack([round_matrix(rows, U, scheme, order, blocksize) for rows in weight.split(ROWS)])
