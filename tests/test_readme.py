@@ -97,3 +97,34 @@ def test_the_speeds_are_those_of_the_file():
         assert expected in line
         if row["mode"] != "static":
             assert "{:.2f} ({:.2f} to {:.2f})".format(*paired(rows, "static", row["mode"])) in line
+
+
+def test_the_speeds_with_few_bits_are_those_of_the_file():
+    rows = json.loads((ROOT / "ch05_quantization_speculative/speed/few_bits.json").read_text(encoding="utf-8"))
+    table = README.split("| with few bits |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) == len(rows)
+    for row, line in zip(rows, table):
+        speeds = [row[f"tokens_per_s{end}"] for end in ("", "_min", "_max")]
+        assert "| {:.1f} ({:.1f} to {:.1f}) | {:.0f} % |".format(*speeds, 100 * row["share_of_bandwidth"]) in line
+        assert f"| {row['check_cost']:.2f} |" in line if "check_cost" in row else "| |" in line
+        ours = "static_int8" if "8" in row["mode"] else "static_int4"
+        if not row["mode"].startswith("static"):
+            assert "{:.2f} ({:.2f} to {:.2f})".format(*paired(rows, ours, row["mode"])) in line
+
+
+def test_the_cost_of_few_bits_is_that_of_the_file():
+    """Each cell is what the report has for the path that rounds activations, which is the one that was timed."""
+    rows = json.loads((ROOT / "ch05_quantization_speculative/quality/quality.json").read_text(encoding="utf-8"))
+    found = {
+        (row["model"], row["precision"], row["method"], row["groupsize"]): "{:.2f} ± {:.2f}".format(
+            100 * row["added"], 100 * row["added_error"]
+        )
+        for row in rows
+        if row["activations"] == "rounded"
+    }
+    lines = README.split("| loss added, % |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == 5
+    for line, size in zip(lines, (None, 32, 64, 128, 256)):
+        for model in ("pocket-llama3.2", "pocket-llama2"):
+            for method in ("rounding", "GPTQ") if size else ("rounding",):
+                assert found[model, "int4" if size else "int8", method, size] in line

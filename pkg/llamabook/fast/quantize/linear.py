@@ -14,8 +14,7 @@ class QuantizedLinear(nn.Module):
     """x W^T without a bias, of a weight in few bits: it stands where `fast.linear.Linear` does.
 
     Args: the widths K and N; dtype, not used: x has its own; scheme, by which `set_weight` quantizes; exact,
-    whether x is never rounded to 8 bits, which the CPU's fast kernel does.
-    Shape: (..., K) to (..., N).
+    whether x is never rounded to 8 bits, which the CPU's fast kernel does. Shape: (..., K) to (..., N).
     """
 
     def __init__(
@@ -25,7 +24,6 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.exact = scheme, exact
-        self.parts: list[Tensor] = []  # the buffers below that there are
         for name in ("codes", "scales", "zeros"):
             self.register_buffer(name, None, persistent=False)
 
@@ -37,7 +35,7 @@ class QuantizedLinear(nn.Module):
     def set_quantized(self, weight: Quantized) -> None:
         """Take a quantized matrix (N, K), packed for the device that it is on."""
         self.way = choose(weight, self.exact)
-        self.parts = self.way.pack(weight)
+        self.parts = self.way.pack(weight)  # the buffers that there are, in a list
         self.codes, self.scales, self.zeros = [*self.parts, None][:3]
 
     def _apply(self, fn, recurse=True):
