@@ -40,7 +40,6 @@ class StaticCache:
         kind = {"device": device, "dtype": dtype or cfg["dtype"]}
         self.keys = [torch.zeros(shape, **kind) for _ in range(cfg["n_layers"])]  # zeros: 0 * NaN is NaN
         self.values = [torch.zeros(shape, **kind) for _ in range(cfg["n_layers"])]
-        self.plan = None  # a model, and what it has found out about calling its layers with this cache
 
     @property
     def max_tokens(self) -> int:

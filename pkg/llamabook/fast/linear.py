@@ -26,7 +26,7 @@ class Linear(nn.Module):
         self.weight = weight if kept else nn.Parameter(weight, requires_grad=False)
 
     def for_layer(self) -> list[Tensor]:
-        """What `kernels.layer` reads of it; nothing from a class that computes otherwise."""
+        """What `kernels.layers` reads of it; nothing from a class that computes otherwise."""
         return [self.weight] if type(self) is Linear else []
 
     def forward(self, x: Tensor) -> Tensor:

@@ -53,20 +53,8 @@ class FeedForward(nn.Module):
         return self.w2(F.silu(gate) * value)
 
 
-class Block(nn.Module):
-    """One layer: attention, then feed-forward, each on a normalized copy; it does not know which layer it is.
-
-    Shape: as `Attention`.
-    """
-
-    def __init__(self, cfg: dict, linear: type[nn.Module] = Linear):
-        super().__init__()
-        eps = cfg.get("norm_eps", 1e-5)
-        self.norm1 = RMSNorm(cfg["emb_dim"], eps, cfg["dtype"])
-        self.attention = Attention(cfg, linear)
-        self.norm2 = RMSNorm(cfg["emb_dim"], eps, cfg["dtype"])
-        self.feed_forward = FeedForward(cfg, linear)
-        self.heads, self.hidden = cfg["n_heads"], cfg["hidden_dim"]
+class OneCall:
+    """What a layer says of itself to `kernels.layers`, which computes many of them in one call."""
 
     def linears(self) -> list[nn.Module]:
         return [self.attention.wqkv, self.attention.wo, self.feed_forward.w13, self.feed_forward.w2]
@@ -84,6 +72,22 @@ class Block(nn.Module):
         exact = any(getattr(linear, "exact", False) for linear in self.linears())
         return self.heads, self.hidden, self.norm1.eps, exact
 
+
+class Block(OneCall, nn.Module):
+    """One layer: attention, then feed-forward, each on a normalized copy; it does not know which layer it is.
+
+    Shape: as `Attention`.
+    """
+
+    def __init__(self, cfg: dict, linear: type[nn.Module] = Linear):
+        super().__init__()
+        eps = cfg.get("norm_eps", 1e-5)
+        self.norm1 = RMSNorm(cfg["emb_dim"], eps, cfg["dtype"])
+        self.attention = Attention(cfg, linear)
+        self.norm2 = RMSNorm(cfg["emb_dim"], eps, cfg["dtype"])
+        self.feed_forward = FeedForward(cfg, linear)
+        self.heads, self.hidden = cfg["n_heads"], cfg["hidden_dim"]
+
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
@@ -91,6 +95,35 @@ class Block(nn.Module):
             return kernels.layers(x, cos, sin, input_pos, [keys], [values], weights, *self.settings())
         x = x + self.attention(self.norm1(x), cos, sin, input_pos, keys, values)
         return x + self.feed_forward(self.norm2(x))
+
+
+def in_one_call(model: nn.Module, x: Tensor, cache: StaticCache) -> list[Tensor]:
+    """What `kernels.layers` reads of all layers, where it computes them all; else nothing.
+
+    To look at each layer takes longer than to compute it, so the cache keeps the answer for this model.
+    """
+    compiled = getattr(model, "compiled_as", "refused") != "refused"  # then block by block, as asked
+    if compiled or torch.compiler.is_compiling() or not 0 < x.shape[0] * x.shape[1] <= kernels.MAX_ROWS:
+        return []
+    owner, weights = getattr(cache, "plan", (None, []))
+    if owner is not model:
+        parts = [block.for_layers(x, *slots) for block, *slots in zip(model.blocks, cache.keys, cache.values)]
+        alike = len({block.settings() for block in model.blocks}) == 1
+        weights = sum(parts, []) if alike and all(parts) else []
+        cache.plan = model, weights
+    return weights
+
+
+def through(
+    model: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, input_pos: Tensor, cache: StaticCache
+) -> Tensor:
+    """x (B, T, D) through all of the model's blocks, in one call where that can be; shapes as of `Block`."""
+    if weights := in_one_call(model, x, cache):
+        settings = model.blocks[0].settings()
+        return kernels.layers(x, cos, sin, input_pos, cache.keys, cache.values, weights, *settings)
+    for block, keys, values in zip(model.blocks, cache.keys, cache.values):
+        x = block(x, cos, sin, input_pos, keys, values)
+    return x
 
 
 class Transformer(nn.Module):
@@ -115,31 +148,10 @@ class Transformer(nn.Module):
             self.head.set_weight(self.embedding.weight)
         self.requires_grad_(False)
 
-    def in_one_call(self, x: Tensor, cache: StaticCache) -> list[Tensor]:
-        """What `kernels.layers` reads of all layers, where it computes them all; else nothing.
-
-        To look at each layer takes longer than to compute it, so the cache keeps the answer for this model.
-        """
-        compiled = getattr(self, "compiled_as", "refused") != "refused"  # then block by block, as asked
-        compiled = compiled or torch.compiler.is_compiling()
-        if compiled or not 0 < x.shape[0] * x.shape[1] <= kernels.MAX_ROWS:
-            return []
-        if cache.plan is None or cache.plan[0] is not self:
-            parts = [block.for_layers(x, *slots) for block, *slots in zip(self.blocks, cache.keys, cache.values)]
-            alike = len({block.settings() for block in self.blocks}) == 1
-            cache.plan = self, sum(parts, []) if alike and all(parts) else []
-        return cache.plan[1]
-
     def hidden(self, idx: Tensor, input_pos: Tensor, cache: StaticCache) -> Tensor:
         """The last block's output (B, T, D), with the keys and values of the new tokens now in the cache."""
         cos, sin = (table.unsqueeze(2) for table in rope_tables(input_pos, self.theta))  # (B, T, 1, d)
-        x = self.embedding(idx)  # (B, T, D)
-        if weights := self.in_one_call(x, cache):
-            first = self.blocks[0].settings()
-            return kernels.layers(x, cos, sin, input_pos, cache.keys, cache.values, weights, *first)
-        for block, keys, values in zip(self.blocks, cache.keys, cache.values):
-            x = block(x, cos, sin, input_pos, keys, values)
-        return x
+        return through(self, self.embedding(idx), cos, sin, input_pos, cache)
 
     def forward(self, idx: Tensor, input_pos: Tensor, cache: StaticCache, last: Tensor | None = None):
         x = self.hidden(idx, input_pos, cache)

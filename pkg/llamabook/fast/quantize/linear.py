@@ -48,5 +48,5 @@ class QuantizedLinear(nn.Module):
         return self.way(x, self.tensors())
 
     def for_layer(self) -> list[Tensor]:
-        """What `kernels.layer` reads of it; nothing where it is packed for another operator."""
+        """What `kernels.layers` reads of it; nothing where it is packed for another operator."""
         return self.parts if isinstance(self.way, Blocks) else []
