@@ -18,7 +18,7 @@ TILE = 2048  # columns of a Hessian that are added up at a time
 
 
 class Hessian:
-    """H = 2/n times the sum of x x^T over the n inputs x of a linear, (K, K): what an error of its weights costs.
+    """H = 2/n times the sum of x x^T over the n inputs x of a linear, (K, K): what errors in them cost.
 
     A row of the weight that is off by e (K,) puts its output off by e x, in the mean square by e H e^T / 2.
     Args: K, the width of the inputs; dtype, in which they are added up.
@@ -31,7 +31,7 @@ class Hessian:
         """Count the inputs x (..., K). Raises InputError for another width, infinite numbers or NaN."""
         K = len(self.sum)
         if x.shape[-1] != K:
-            raise InputError(f"the inputs are {x.shape[-1]} wide, the Hessian {K}: give the inputs of one linear")
+            raise InputError(f"the inputs are {x.shape[-1]} wide, the Hessian {K}: give those of one linear")
         x = x.reshape(-1, K).to(self.sum.dtype)
         if not x.isfinite().all():
             raise InputError("the inputs have infinite numbers or NaN: calibrate a sound checkpoint")
@@ -51,8 +51,8 @@ class Hessian:
 def inverse_factor(hessian: Tensor, percdamp: float = 0.01) -> Tensor:
     """U (K, K), float32, upper triangular with U^T U = (H + damping)^-1.
 
-    The damping, `percdamp` times the mean of H's diagonal, is added to the diagonal. Where H stays singular ten times as
-    much is tried, and a line on stderr says so. Raises InputError where nothing helps.
+    The damping, `percdamp` times the mean of H's diagonal, is added to the diagonal. Where H stays singular,
+    ten times as much is tried, and a line on stderr says so. Raises InputError where nothing helps.
     Source: Frantar et al., 2022, section 3, step 3.
     """
     H = hessian.flip(0, 1)  # L L^T of this, turned round again, is R R^T = H, and U = R^-1
@@ -63,19 +63,20 @@ def inverse_factor(hessian: Tensor, percdamp: float = 0.01) -> Tensor:
         L, failed = torch.linalg.cholesky_ex(H)
         if not failed:
             if damp != percdamp:
-                print(f"llamabook: inputs depend on each other: percdamp is {damp:g} for them", file=sys.stderr)
-            return torch.linalg.solve_triangular(L.flip(0, 1), torch.eye(len(H)).to(H), upper=True).float()
+                print(f"llamabook: inputs depend on each other: percdamp becomes {damp:g}", file=sys.stderr)
+            R = L.flip(0, 1)
+            return torch.linalg.solve_triangular(R, torch.eye(len(H)).to(H), upper=True).float()
     raise InputError("the Hessian has no inverse, however much it is damped: give one of `Hessian`")
 
 
-def column_blocks(K: int, groupsize: int, blocksize: int) -> list[tuple[int, int]]:
-    """Where blocks of columns begin and end: each at most `blocksize` of them, whole groups or a part of one."""
-    whole = max(blocksize // groupsize, 1) * groupsize
-    ends = [(first, min(first + whole, K)) for first in range(0, K, whole)]
-    return [(start, min(start + blocksize, end)) for first, end in ends for start in range(first, end, blocksize)]
-
-
 Grid = tuple[Tensor, Tensor]  # a group's scales and zeros, each (N,), float32
+
+
+def column_blocks(K: int, groupsize: int, blocksize: int) -> list[tuple[int, int]]:
+    """Where blocks of columns begin and end: at most `blocksize` of them, whole groups or a part of one."""
+    whole = max(blocksize // groupsize, 1) * groupsize
+    spans = [(first, min(first + whole, K)) for first in range(0, K, whole)]
+    return [(a, min(a + blocksize, end)) for first, end in spans for a in range(first, end, blocksize)]
 
 
 def grid_of(columns: Tensor, scheme: Scheme) -> Grid:
@@ -93,11 +94,13 @@ def round_column(w: Tensor, grid: Grid, bits: int) -> tuple[Tensor, Tensor]:
     return codes, codes * scales + zeros
 
 
-def round_block(W: Tensor, U: Tensor, grid_at: Callable[[int], Grid], bits: int) -> tuple[Tensor, Tensor]:
-    """Codes (b, N), int8, and errors (b, N) of a block of columns; each is rounded, and those behind it make up for it.
+def round_block(
+    W: Tensor, U: Tensor, grid_at: Callable[[int], Grid], bits: int
+) -> tuple[Tensor, Tensor]:
+    """Codes (b, N), int8, and errors (b, N) of a block: column after column, the rest making up for it.
 
-    Args: W (b, N), the columns as rows, which are changed; U (b, b), the block's part of `inverse_factor`; grid_at(j),
-    asked when the turn of column j comes.
+    Args: W (b, N), the columns as rows, which are changed; U (b, b), the block's part of `inverse_factor`;
+    grid_at(j), asked when the turn of column j comes.
     """
     codes, errors = torch.empty(W.shape, dtype=torch.int8), torch.empty_like(W)
     for j in range(len(W)):
@@ -107,16 +110,13 @@ def round_block(W: Tensor, U: Tensor, grid_at: Callable[[int], Grid], bits: int)
     return codes, errors
 
 
-def round_matrix(weight: Tensor, U: Tensor, scheme: Scheme, order: Tensor | None, blocksize: int) -> Quantized:
-    """Quantize a matrix (N, K) column by column, in `order` (K,), to which U belongs; None: from first to last.
-
-    From first to last, a group's grid is found when its turn comes, from columns that have made up for errors by then.
-    In another order they come one here and one there, so the grids are found before.
-    """
+def round_matrix(
+    weight: Tensor, U: Tensor, scheme: Scheme, order: Tensor | None, blocksize: int
+) -> Quantized:
+    """Quantize a matrix (N, K) column by column, in `order` (K,), to which U belongs; None: first to last."""
     K, groupsize = weight.shape[1], scheme.groupsize or weight.shape[1]
-    W, places = weight.float().T.contiguous(), torch.arange(K)  # (K, N): the numbers of a column lie together
-    grids = []
-    if order is not None:
+    W, places, grids = weight.float().T.contiguous(), torch.arange(K), []  # (K, N): a column lies together
+    if order is not None:  # a group's columns come one here, one there: its grid is found before
         grids = [grid_of(group, scheme) for group in W.T.split(groupsize, dim=1)]
         W, places = W[order], order
 
@@ -134,9 +134,6 @@ def round_matrix(weight: Tensor, U: Tensor, scheme: Scheme, order: Tensor | None
     return Quantized(pack(codes.T, scheme.bits), scales, zeros, scheme.bits, groupsize, K)
 
 
-ROWS = 8192  # of a matrix that are rounded at a time: its rows know nothing of each other
-
-
 def check_settings(percdamp: float, blocksize: int) -> None:
     """Raises InputError for settings that `gptq` can't work with."""
     if type(percdamp) not in (int, float) or not 0 <= percdamp < math.inf:
@@ -145,15 +142,18 @@ def check_settings(percdamp: float, blocksize: int) -> None:
         raise InputError(f"blocksize is {blocksize!r}: give a whole number from 1 up")
 
 
+ROWS = 8192  # of a matrix that are rounded at a time
+
+
 def gptq(
     weight: Tensor, hessian: Tensor, scheme: Scheme, *,
     percdamp: float = 0.01, blocksize: int = 128, act_order: bool = False,
 ) -> Quantized:  # fmt: skip
-    """Quantize a matrix (N, K) so that its outputs on the inputs behind `hessian` (K, K) stay close. Raises InputError.
+    """Quantize a matrix (N, K) so that its outputs stay close on the inputs behind `hessian` (K, K).
 
-    Args: percdamp, as of `inverse_factor`; blocksize, how many columns make up for errors before those behind them do,
-    which changes the time and not the result; act_order, whether the columns with the largest inputs come first.
-    Source: Frantar et al., 2022, algorithm 1.
+    Args: percdamp, as of `inverse_factor`; blocksize, how many columns are finished before those behind them
+    change: it costs time, no more; act_order, whether the columns with the largest inputs come first.
+    Raises InputError. Source: Frantar et al., 2022, algorithm 1.
     """
     check_settings(percdamp, blocksize)
     if weight.dim() != 2 or tuple(hessian.shape) != (weight.shape[1],) * 2:
