@@ -212,7 +212,10 @@ def test_wherever_it_stops_it_comes_to_the_same(tmp_path, src, monkeypatch, caps
     ask = (src, tmp_path / "out", Scheme(4, 32), ROWS)
     interrupted(monkeypatch, name, number, *ask)
     assert not (tmp_path / "out").exists() and capsys.readouterr().err == ""
+    real, calls = calibrate.gptq, []
+    monkeypatch.setattr(calibrate, "gptq", lambda *args, **settings: calls.append(0) or real(*args, **settings))
     assert tree(quantize_gptq(*ask)) == wanted
+    assert len(calls) == 9 - 4 * blocks if blocks < 3 else not calls  # what is done is not done again
     said = f"llamabook: going on behind {min(blocks, 2)} of 2 blocks\n" if blocks else ""
     assert capsys.readouterr().err == said
 

@@ -325,7 +325,7 @@ class Terminal:
         return before
 
     def type(self, text: str) -> None:
-        time.sleep(0.1)  # between the prompt and reading, Python's `input` is deaf to signals
+        time.sleep(0.4)  # between the prompt and reading, Python's `input` is deaf to signals
         os.write(self.screen, text.encode())
 
     def end(self) -> int:

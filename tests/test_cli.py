@@ -416,9 +416,9 @@ def test_profile_writes_a_trace_of_the_last_batch(name, file, cli, tmp_path):
     events = json.loads(gzip.decompress(content) if file.endswith(".gz") else content)["traceEvents"]
     names = [event.get("name") for event in events]
     blocks, steps = 2, 9  # the prompt, and 8 tokens of one sample
-    in_one_call = blocks * (steps - 1) if kernels.ready() else 0  # the prompt has more tokens than that is for
-    assert names.count("llamabook::layer") == in_one_call
-    assert names.count("aten::silu") == blocks * steps - in_one_call
+    in_one_call = steps - 1 if kernels.ready() else 0  # the prompt has more tokens than that is for
+    assert names.count("llamabook::layers") == in_one_call
+    assert names.count("aten::silu") == blocks * (steps - in_one_call)
 
 
 def test_profile_that_cannot_be_written(cli, tmp_path, monkeypatch):
