@@ -673,7 +673,7 @@ def test_answers_that_change_their_arguments_are_rejected(name):
     def spoil(value) -> None:
         nonlocal changed_something
         if isinstance(value, torch.Tensor) and value.numel():
-            value.add_(1)
+            value.logical_not_() if value.dtype == torch.bool else value.add_(1)
         elif isinstance(value, (list, dict)) and value:
             value.clear()
         else:
