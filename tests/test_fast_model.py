@@ -598,7 +598,7 @@ MUTANTS = {
     "each piece at 0": (
         "model.Transformer.hidden", "tables(input_pos", "tables(input_pos - input_pos[:, :1]", "steps chunks"),
     "one layer's slots for all": (
-        "model.Transformer.hidden", "cache.keys, cache", "[cache.keys[0]] * 9, cache", "steps chunks"),
+        "model.through", "cache.keys, cache", "[cache.keys[0]] * len(model.blocks), cache", "steps chunks"),
     "the last column": ("model.Transformer.forward", "len(x), device=x.device), last]", "len(x)), -1]", "ragged"),
     "the token before the last": ("model.Transformer.forward", ", last]", ", last - 1]", "ragged"),
     "no final norm": ("model.Transformer.forward", "self.norm(x)", "x", "prompt"),
