@@ -173,7 +173,7 @@ def test_gptq_gets_what_was_said_and_no_more(here, cli, gptq):
     assert {key: value for key, value in gptq["gptq"].items() if key != "texts"} == {
         "scheme": Scheme(4, 64, True), "percdamp": 0.02, "blocksize": 64, "act_order": True, "force": True,
     }  # fmt: skip
-    assert cli("quantize", "--mode", "int4-gptq", "--output", "three", "--calibration_tasks", "a", "--calibration_tasks", "b,c")[0] == 0
+    assert cli("quantize", "--mode", "int4-gptq", "--output", "three", "--calibration_tasks", "a", "b,c")[0] == 0
     assert gptq["ids"] == {"tasks": ["a", "b", "c"]}
 
 

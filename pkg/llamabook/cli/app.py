@@ -45,17 +45,19 @@ class Commands(TyperGroup):
 
 
 class SeveralTasks(TyperCommand):
-    """A command whose `--tasks` takes several words, as in gpt-fast: `--tasks a b` is `--tasks a --tasks b`."""
+    """A command whose flags for tasks take several words, as in gpt-fast: `--tasks a b` is `--tasks a --tasks b`."""
+
+    SEVERAL = ("--tasks", "--calibration_tasks", "--calibration-tasks")
 
     def parse_args(self, ctx, args):
         flag, words = "", [""]
         for word in args:
             if word.startswith("-"):
                 flag = word.partition("=")[0]
-                if words[-1] == "--tasks":
-                    raise typer.BadParameter(f"needs a value, and was followed by {flag}", ctx, param_hint="--tasks")
-            elif flag == "--tasks" and words[-1] != "--tasks":
-                words.append("--tasks")
+                if words[-1] in self.SEVERAL:
+                    raise typer.BadParameter(f"needs a value, and was followed by {flag}", ctx, param_hint=words[-1])
+            elif flag in self.SEVERAL and words[-1] != flag:
+                words.append(flag)
             words.append(word)
         return super().parse_args(ctx, words[1:])
 
@@ -337,7 +339,7 @@ def convert(
     return partial(rewrite, src=src, dst=dst, layout=layout, dtype=dtype, force=force)
 
 
-@app.command()
+@app.command(cls=SeveralTasks)
 def quantize(
     ctx: typer.Context,
     checkpoint_path: CheckpointPath = None,
@@ -357,7 +359,7 @@ def quantize(
     ] = None,
     calibration_tasks: Annotated[
         Optional[list[str]],
-        typer.Option("--calibration_tasks", metavar="NAME", help="int4-gptq: or the texts of lm-eval's tasks. Repeatable."),
+        typer.Option("--calibration_tasks", metavar="NAME", help="int4-gptq: or the texts of these tasks of lm-eval."),
     ] = None,
     calibration_limit: Annotated[
         Optional[int], typer.Option("--calibration_limit", metavar="N", help="int4-gptq: at most N texts.")
