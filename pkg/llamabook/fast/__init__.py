@@ -6,5 +6,6 @@
 """
 
 from llamabook.fast.engine import generate, load, stream
+from llamabook.fast.speculative import PromptLookup, Statistics
 
-__all__ = ["generate", "load", "stream"]
+__all__ = ["PromptLookup", "Statistics", "generate", "load", "stream"]

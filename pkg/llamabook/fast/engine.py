@@ -16,6 +16,7 @@ from llamabook.fast.decode import Stops, compile_model, stream_rows
 from llamabook.fast.model import Transformer, from_llama
 from llamabook.fast.quantize.files import load_engine, read_quantized
 from llamabook.fast.sampling import Sampler
+from llamabook.fast.speculative import PromptLookup, Statistics, speculate_rows
 from llamabook.tokenizer import load_tokenizer, tokenizer_folder
 
 __all__ = ["generate", "load", "stream", "weight_bytes"]
@@ -74,6 +75,9 @@ def generate(
     compile_prefill: bool = False,
     chunk: int = 512,
     tokenizer=None,
+    draft: nn.Module | PromptLookup | None = None,
+    speculate_k: int | None = None,
+    statistics: Statistics | None = None,
     on_token: Callable[[int, int], object] | None = None,
 ) -> list[list[int]]:
     """The new tokens of each row, for prompts of any lengths, each a list of token ids.
@@ -85,6 +89,10 @@ def generate(
     - compile: run the decoding steps through torch.compile, compile_prefill: the reading of the prompts, too. True
       takes what starts soonest on the device: one block for all layers on a CPU ("blocks"), all of it on a GPU
       ("whole"). Where there is no compiler, a line says so, and all runs as it is written.
+    - draft: a smaller model, the same one in fewer bits, or a `PromptLookup`, that drafts tokens which the model then
+      checks several at a time: the same text at temperature 0, else the same distribution. speculate_k: how many a
+      round; None: as many as pay by what the run measures, or none (then the text drawn for a seed depends on the
+      machine's pace). statistics: a `Statistics` to which this call adds what it did.
     - chunk: how many tokens of the prompts go through the model at once, all rows counted.
     - on_token: called with (row, token) as soon as a token is drawn.
 
@@ -94,6 +102,7 @@ def generate(
     rows: list[list[int]] = [[] for _ in prompts]
     options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "stop": stop, "seed": seed}
     options |= {"compile": compile, "compile_prefill": compile_prefill, "chunk": chunk, "tokenizer": tokenizer}
+    options |= {"draft": draft, "speculate_k": speculate_k, "statistics": statistics}
     for row, token in stream(model, prompts, max_new_tokens, **options):
         rows[row].append(token)
         if on_token is not None:
@@ -116,6 +125,9 @@ def stream(
     compile_prefill: bool = False,
     chunk: int = 512,
     tokenizer=None,
+    draft: nn.Module | PromptLookup | None = None,
+    speculate_k: int | None = None,
+    statistics: Statistics | None = None,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) as soon as each is drawn; arguments and errors as of `generate`.
 
@@ -129,9 +141,18 @@ def stream(
         raise InputError(f"compile is {compile!r}: give False, True, 'blocks' or 'whole'")
     sampler = Sampler(len(prompts), temperature, top_k, top_p, min_p, seed)
     stops = Stops(stop, prompts, tokenizer or getattr(model, "tokenizer", None))
-    if compile or compile_prefill:
-        compile_model(model, {"blocks": False, "whole": True}.get(compile))
-    return stream_rows(model, prompts, max_new_tokens, sampler, stops, chunk, bool(compile), compile_prefill)
+    if draft is not None:
+        check_draft(draft, model, prompts, max_new_tokens, speculate_k)
+    for each in (model, draft):
+        if (compile or compile_prefill) and isinstance(each, nn.Module):
+            compile_model(each, {"blocks": False, "whole": True}.get(compile))
+    loop = (model, prompts, max_new_tokens, sampler, stops, chunk, bool(compile), compile_prefill)
+    if draft is None:
+        return stream_rows(*loop)
+    statistics = Statistics() if statistics is None else statistics
+    statistics.target_bytes = weight_bytes(model)
+    statistics.draft_bytes = weight_bytes(draft) if isinstance(draft, nn.Module) else 0
+    return speculate_rows(*loop, draft, speculate_k, statistics)
 
 
 def check_prompt(prompt: Sequence[int], row: int, vocab_size: int) -> list[int]:
@@ -146,6 +167,33 @@ def check_prompt(prompt: Sequence[int], row: int, vocab_size: int) -> list[int]:
         if not 0 <= token < vocab_size:
             raise InputError(f"prompt {row} has the id {token}, the model has {vocab_size}: is it the model's tokenizer?")
     return ids
+
+
+def check_draft(draft, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, k: int | None) -> None:
+    """Raises InputError for a draft that can't speak for `model`, ContextError for one that can't read so far."""
+    if k is not None:
+        check_count("speculate_k", k, 1)
+    if isinstance(draft, PromptLookup):
+        return
+    if not isinstance(draft, Transformer):
+        raise InputError(f"draft is {type(draft).__name__}: give a model from fast.load, or a PromptLookup")
+    ours, theirs = next(model.parameters()).device, next(draft.parameters()).device
+    if ours != theirs:
+        raise InputError(f"the draft is on {theirs} and the model on {ours}: load both to one device")
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    if longest > draft.cfg["context_length"]:
+        asked = f"the longest row has {longest} tokens with its new ones"
+        raise ContextError(f"{asked}, the draft's context length is {draft.cfg['context_length']}: ask for fewer, or leave the draft out")
+    check_same_tokens(getattr(model, "tokenizer", None), getattr(draft, "tokenizer", None))
+
+
+def check_same_tokens(ours, theirs) -> None:
+    """Raises InputError unless both tokenizers, where known, give a sample the same ids."""
+    if ours is None or theirs is None:
+        return
+    sample = "The llama's name is Ada; she eats 12 apples, doesn't she?\n"
+    if ours.encode(sample) != theirs.encode(sample):
+        raise InputError("the draft's tokenizer gives other ids than the model's: take a draft of the same family")
 
 
 def check_count(name: str, value: int, least: int) -> None:
