@@ -143,6 +143,8 @@ def stream(
     stops = Stops(stop, prompts, tokenizer or getattr(model, "tokenizer", None))
     if draft is not None:
         check_draft(draft, model, prompts, max_new_tokens, speculate_k)
+    elif speculate_k is not None or statistics is not None:
+        raise InputError("speculate_k and statistics are of a draft, and this is without a draft: give draft=..., too")
     for each in (model, draft):
         if (compile or compile_prefill) and isinstance(each, nn.Module):
             compile_model(each, {"blocks": False, "whole": True}.get(compile))

@@ -23,15 +23,18 @@ class Payoff:
     yield tokens, so trying costs little: what was never measured is estimated from its neighbours.
     """
 
-    SAMPLES, ENOUGH, REFRESH = 5, 12, 64  # times kept; tokens tried before giving up; rounds between two plain ones
+    SAMPLES = 5  # seconds of each kind that are kept
+    ENOUGH = 12  # tokens tried before it may give up
+    REFRESH = 64  # rounds, after which plain decoding is measured again
+    TRIAL, REST = 4, (32, 512)  # rounds with a draft, and plain ones between: twice as many each time, up to these
 
     def __init__(self, choices=range(1, 8)):
         self.choices = list(choices)
         self.tried, self.kept = 4.0, 3.0  # as if four had been tried: soon outweighed
         self.times = defaultdict(lambda: deque(maxlen=self.SAMPLES))  # tokens checked -> seconds
         self.draft_times = deque(maxlen=self.SAMPLES)  # seconds a drafted token
-        self.since_plain = self.rest = 0
-        self.patience = 32  # plain rounds before the next trial, doubled each time it does not pay
+        self.since_plain = self.rest = self.trial = 0
+        self.patience = self.REST[0]
 
     @property
     def alpha(self) -> float:
@@ -45,17 +48,17 @@ class Payoff:
         if k:
             self.draft_times.append(draft_seconds / k)
         if tried:
-            fade = 0.98**tried
+            fade = 0.99**tried
             self.tried, self.kept = fade * self.tried + tried, fade * self.kept + kept
 
     def check(self, tokens: int) -> float:
-        """Seconds to check `tokens` a row: measured, or on the line through the two nearest that were."""
-        known = {n: middle(times) for n, times in self.times.items()}
-        if tokens in known:
-            return known[tokens]
-        near = sorted(known, key=lambda n: abs(n - tokens))[:2]
-        slope = max((known[near[0]] - known[near[-1]]) / (near[0] - near[-1]), 0) if len(near) > 1 else 0
-        return known[near[0]] + slope * (tokens - near[0])
+        """Seconds to check `tokens` a row: measured, or between what fewer and more took, or, of more than ever, the same
+        as the most did: so that it will be tried.
+        """
+        fewer = max((n for n in self.times if n <= tokens), default=min(self.times))
+        more = min((n for n in self.times if n >= tokens), default=fewer)
+        least, most = middle(self.times[fewer]), middle(self.times[more])
+        return least + (most - least) * (tokens - fewer) / max(more - fewer, 1)
 
     def speedup(self, k: int) -> float:
         """What k drafted tokens a round promise, as a multiple of plain decoding's tokens per second."""
@@ -67,13 +70,17 @@ class Payoff:
         if len(self.times[1]) < 2 or self.since_plain >= self.REFRESH:
             return 0
         if self.rest:
-            self.rest -= 1
+            self.rest, self.trial = self.rest - 1, self.TRIAL
             return 0
-        best = max(self.choices, key=self.speedup)
-        if self.speedup(best) > 1 or self.tried < self.ENOUGH:
-            return best
-        self.rest, self.patience = self.patience, 2 * self.patience
-        return 0
+        if len(self.times) == 1:
+            return self.choices[len(self.choices) // 3]  # a middling one, to begin with
+        best, self.trial = max(self.choices, key=self.speedup), self.trial - 1
+        if self.speedup(best) > 1:
+            self.patience = self.REST[0]
+        elif self.trial < 0 and self.tried >= self.ENOUGH:
+            self.rest, self.patience = self.patience, min(2 * self.patience, self.REST[1])
+            return 0
+        return best
 
 
 def middle(times) -> float:
