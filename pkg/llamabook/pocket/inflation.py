@@ -155,7 +155,7 @@ class Inflation:
     def norm(self, old: Tensor, through: bool = False) -> Iterator[tuple[int, Tensor]]:
         """A norm's weight; `through`: the constant passes, as h, with C h = GAP where the stream is loudest."""
         shrink = math.sqrt(self.d / self.D)
-        weight = torch.zeros(self.D)
+        weight = torch.zeros(self.D, dtype=torch.float64)
         weight[: self.d] = old * shrink
         if through and self.c:
             weight[self.d] = GAP / C * loudest(self.old, self.small) * shrink / self.c
