@@ -21,7 +21,7 @@ quantization picks, and at least a quarter of it, so codes of 4 bits still see i
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from shutil import copyfile
 
@@ -89,6 +89,8 @@ class Inflation:
         self.c = torch.tensor(half).to(large["dtype"]).item()  # rounded first: epsilon takes the rest
         self.cfg = {**large, "norm_eps": (eps * self.d - self.c**2) / self.D}
         self.tied = self.cfg.get("tie_embeddings", False)
+        names = {ours: theirs for theirs, ours in huggingface_names(self.cfg["n_layers"]).items()}
+        self.names = {ours: theirs for ours, theirs in names.items() if not (self.tied and ours == "out_head.weight")}
         e, (query, groups) = head_dim_of(large), heads(self.small, large)
         self.maps = {
             "width": along(self.d, self.D),
@@ -101,26 +103,23 @@ class Inflation:
         """The large model in memory."""
         model = empty(self.cfg).to_empty(device="cpu")
         state = model.state_dict()
-        for name, first, rows in self.pieces(state):
+        for name, first, rows in self.pieces():
             state[name][first : first + len(rows)] = rows
         return model.eval().requires_grad_(False)
 
     def write(self, source: Path | None, output: Path, force: bool) -> Path:
         """The large model as a Hugging Face folder, a few rows in memory at a time, with the tokenizer of `source`."""
-        shapes = empty(self.cfg).state_dict()
-        names = {ours: theirs for theirs, ours in huggingface_names(self.cfg["n_layers"]).items() if ours in shapes}
-        if self.tied:
-            del names["out_head.weight"]
-        said = {"inflated_from": self.name}
+        shapes, said = empty(self.cfg).state_dict(), {"inflated_from": self.name}
+        plan = {theirs: shapes[ours] for ours, theirs in self.names.items()}
         with whole(source, output, force) as part:
             companions = companions_of(source) if source else []
             metadata = said | (token_ids(source, companions) if source else {})
-            writer = TensorWriter(part, {theirs: shapes[ours] for ours, theirs in names.items()}, metadata=said)
+            writer = TensorWriter(part, plan, metadata=said)
             check_space(writer.left, companions, output)
             part.mkdir(parents=True)
             with writer, tqdm(total=writer.left, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-                for ours, first, rows in self.pieces(names):
-                    writer.write(names[ours], rows, first)
+                for ours, first, rows in self.pieces():
+                    writer.write(self.names[ours], rows, first)
                     bar.update(rows.nbytes)
             with (part / "config.json").open("wb") as file:
                 write_json(file, to_config(self.cfg, metadata))
@@ -129,9 +128,9 @@ class Inflation:
                 copyfile(file, part / file.name)
         return output
 
-    def pieces(self, names: Iterable[str]) -> Iterator[tuple[str, int, Tensor]]:
-        """For each of these weights, by our names: name, number of a row, and rows from there on, in the shape's dtype."""
-        for name in names:
+    def pieces(self) -> Iterator[tuple[str, int, Tensor]]:
+        """All weights, a few rows at a time: our name, the number of the first row, and the rows in the shape's dtype."""
+        for name in self.names:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             for first, rows in self.rows(name, generator):
                 yield name, first, rows.to(self.cfg["dtype"])
@@ -148,15 +147,16 @@ class Inflation:
         if old.dim() == 1:
             return self.norm(old)
         *places, cut = PLACES[part]
-        maps = (torch.full_like(m, ADDED) if int(layer) > last and place != "width" else m
-                for place, m in ((place, self.maps[place]) for place in places))  # fmt: skip
+        maps = [self.maps[place] for place in places]
+        if int(layer) > last:  # all of its heads and hidden units are added
+            maps = [m if place == "width" else torch.full_like(m, ADDED) for place, m in zip(places, maps)]
         return matrix(old, *maps, cut, generator)
 
     def norm(self, old: Tensor, through: bool = False) -> Iterator[tuple[int, Tensor]]:
         """A norm's weight; `through`: the constant passes, as h, with C h = GAP where the stream is loudest."""
         shrink = math.sqrt(self.d / self.D)
         weight = torch.zeros(self.D, dtype=torch.float64)
-        weight[: self.d] = old * shrink
+        weight[: self.d] = old.double() * shrink
         if through and self.c:
             weight[self.d] = GAP / C * loudest(self.old, self.small) * shrink / self.c
         yield 0, weight
