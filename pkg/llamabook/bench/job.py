@@ -68,10 +68,20 @@ def check_modes(words: str) -> list[str]:
 
 
 def shapes() -> dict[str, dict]:
-    """The shapes that can be measured without a checkpoint, by name."""
+    """The shapes that can be measured without a checkpoint, and that `inflate` gives a small model, by name."""
     from llamabook import llama2, llama3
 
+    draft = {  # of a Llama 2 that guesses ahead of a larger one, in the size of gpt-fast's forks for it
+        **llama2.LLAMA2_CONFIG_7B,
+        "context_length": 2048,
+        "emb_dim": 768,
+        "n_heads": 12,
+        "n_kv_groups": 12,
+        "n_layers": 4,
+        "hidden_dim": 3072,
+    }
     return {
+        "draft-80m": draft,
         "llama2-7b": llama2.LLAMA2_CONFIG_7B,
         "llama3-8b": llama3.LLAMA3_CONFIG_8B,
         "llama3.1-8b": llama3.LLAMA31_CONFIG_8B,

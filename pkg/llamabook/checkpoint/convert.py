@@ -25,8 +25,9 @@ COMPANIONS = (  # files that go where the weights go
     "generation_config.json",
     "chat_template.jinja",
 )
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ENDINGS = {".json", ".safetensors", ".bin", ".pth", ".pt", ".model", ".jinja"}  # what --force may replace
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "inflated_from")  # keys of config.json that say more than the shape
+CARD = "README.md"  # what people read first
+ENDINGS = {".json", ".safetensors", ".bin", ".pth", ".pt", ".model", ".jinja"}  # what --force may replace, beside it
 
 
 def convert(
@@ -62,9 +63,10 @@ def convert(
 
 
 @contextmanager
-def whole(src: Path, dst: Path, force: bool) -> Iterator[Path]:
+def whole(src: Path | None, dst: Path, force: bool) -> Iterator[Path]:
     """Where a folder is to be written that takes the name `dst` when the block ends, and vanishes if it raises.
 
+    Args: src, what it is made from, if that is on disk; force, whether a checkpoint in `dst` may be replaced.
     Raises InputError unless `dst` is free, or may be replaced.
     """
     part, old = (dst.parent / f".{dst.name}.{ending}" for ending in ("part", "old"))
@@ -108,17 +110,17 @@ def restore(dst: Path, part: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_target(src: Path, dst: Path, force: bool) -> None:
+def check_target(src: Path | None, dst: Path, force: bool) -> None:
     """Raises InputError unless `dst` is free, or may be replaced because it holds a checkpoint and nothing else."""
-    here, there = src.resolve(), dst.resolve()
-    if there == here or there in here.parents or dst.name in ("", ".."):
+    there = dst.resolve()
+    if dst.name in ("", "..") or (src and there in (src.resolve(), *src.resolve().parents)):
         raise InputError(f"{dst} holds {src} itself: give another folder to write")
     if not dst.exists():
         return
     if not dst.is_dir():
         raise InputError(f"{dst} is a file: give a folder to write")
     inside = sorted(dst.iterdir())
-    foreign = [path.name for path in inside if path.is_dir() or path.suffix not in ENDINGS]
+    foreign = [path.name for path in inside if path.is_dir() or (path.suffix not in ENDINGS and path.name != CARD)]
     known = any((dst / name).exists() for name in ("config.json", "params.json"))
     if inside and (foreign or not known):
         name = (foreign or [inside[0].name])[0]
@@ -150,10 +152,13 @@ def companions_of(src: Path) -> list[Path]:
 
 
 def token_ids(src: Path, companions: list[Path]) -> dict:
-    """The ids that begin and end a text: what a config.json in `src` says, else what the tokenizer says."""
+    """The ids that begin and end a text: what a config.json in `src` says, else what the tokenizer says.
+
+    A config.json may also say what its model was inflated from, and then that goes along.
+    """
     config = (src if src.is_dir() else src.parent) / "config.json"
     if config.exists():
-        return {key: value for key, value in read_object(config).items() if key in TOKEN_IDS}
+        return {key: value for key, value in read_object(config).items() if key in KEPT}
     tokenizers = [path for path in companions if path.name in COMPANIONS[:2]]
     try:
         tokenizer = load_tokenizer(tokenizers[0])

@@ -78,13 +78,15 @@ class TensorWriter:
     A safetensors file says at its beginning what it holds and where: the length of that in 8 bytes, then JSON, then
     the numbers. So all tensors have their places before the first is there.
     Args: folder; plan, tensors on the meta device, by the names that they will have; shard_bytes, how large a file may
-    become. Raises InputError if shard_bytes is not above 0.
+    become; metadata, words for each file's beginning. Raises InputError if shard_bytes is not above 0.
     """
 
-    def __init__(self, folder: Path, plan: dict[str, Tensor], shard_bytes: int = SHARD_BYTES):
+    def __init__(
+        self, folder: Path, plan: dict[str, Tensor], shard_bytes: int = SHARD_BYTES, metadata: dict[str, str] | None = None
+    ):
         if shard_bytes < 1:
             raise InputError(f"shard_bytes is {shard_bytes}: give the size of a file in bytes")
-        self.folder, self.plan = folder, plan
+        self.folder, self.plan, self.metadata = folder, plan, {"format": "pt"} | (metadata or {})
         parts = split_by_size(plan, shard_bytes)
         self.contents = dict(zip(shard_names(len(parts)), parts))
         self.places = {}  # name: file, and the first byte in it
@@ -98,7 +100,7 @@ class TensorWriter:
 
     def _begin(self, file, part: dict[str, Tensor]) -> None:
         """Write what stands before the numbers; the widest dtypes come first, so that none begins at an odd address."""
-        header, offset = {"__metadata__": {"format": "pt"}}, 0
+        header, offset = {"__metadata__": self.metadata}, 0
         for name, tensor in sorted(part.items(), key=lambda entry: -entry[1].element_size()):
             end = offset + tensor.nbytes
             header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}

@@ -504,7 +504,7 @@ def bench(
         word(
             "--shape",
             "NAME",
-            "Random weights of a model's shape: llama3.2-1b, llama3.2-3b, llama3-8b, llama3.1-8b, llama2-7b or an "
+            "Random weights of a model's shape: llama3.2-1b, llama3.2-3b, llama3-8b, llama3.1-8b, llama2-7b, draft-80m or an "
             "embedded model's. [default: an embedded model's]",
         ),
     ] = None,
@@ -570,6 +570,32 @@ def bench(
         peers=tuple(peer or ()),
         output=output,
     )
+
+
+@app.command()
+def inflate(
+    shape: Annotated[
+        str,
+        word("--shape", "NAME", "What is to be written: llama3.2-1b or draft-80m, or another shape of bench with the same head_dim."),
+    ],
+    output: Annotated[Path, word("--output", "DIR", "The folder to write.")],
+    checkpoint_path: Annotated[
+        Optional[Path],
+        word("--checkpoint_path", "NAME", "An embedded model, or a folder with weights. [default: pocket-llama3.2]"),
+    ] = None,
+    dtype: Annotated[
+        Optional[str], word("--dtype", "NAME", "Type of the weights: float32, bfloat16 or float16. [default: the shape's, bfloat16]")
+    ] = None,
+    force: Force = False,
+) -> Action:
+    """Lay a small Llama into a large shape.
+
+    The result writes the small model's texts at the large one's cost: what is added computes exact zeros. So speed,
+    quantization and speculation can be measured at real size, offline. Its config.json says what it was inflated from.
+    """
+    from llamabook.cli.inflate import lay
+
+    return partial(lay, checkpoint_path=checkpoint_path, shape=shape, output=output, dtype=dtype, force=force)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

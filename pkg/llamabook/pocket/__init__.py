@@ -2,7 +2,7 @@
 
 `path(name)` is the folder of an embedded model, in the true format of its kind; `world` draws the texts it was trained
 on, `questions` those that the instruct model learned from; `floor` measures a model against their entropy; `recipes`
-says what the models are, and `train` makes them again.
+says what the models are, and `train` makes them again. `inflate` lays one into the shape of a large model.
 """
 
 import json
@@ -48,6 +48,20 @@ def load_gpt():
     model = GPTModel({**json.loads((folder / "config.json").read_text()), "dtype": torch.float32})
     model.load_state_dict(torch.load(folder / "model.pth", weights_only=True))
     return model.eval(), Llama2Tokenizer(folder / "tokenizer.model")
+
+
+def inflate(model, config: dict, output: str | Path | None = None, *, force: bool = False):
+    """A small Llama in the shape `config`, computing the same function: its texts at the cost of a larger model.
+
+    Args: model, the name of an embedded one, a folder that `load_model` takes, or a Llama2Model or Llama3Model; config, as
+    LLAMA32_CONFIG_1B, with the same head_dim and nothing smaller; output, a Hugging Face folder to write, which says where
+    it comes from; force, whether it may replace a checkpoint there.
+    Returns the model, in config["dtype"], or the folder, which takes less than a GB of memory to write, whatever its size.
+    RoPE and the ids that end a text are the small model's. Raises InputError if it does not fit into the shape.
+    """
+    from llamabook.pocket.inflation import inflate  # imported here: torch and the checkpoints take a second
+
+    return inflate(model, config, output, force=force)
 
 
 def _models() -> Path:
