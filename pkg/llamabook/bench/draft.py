@@ -12,8 +12,7 @@ import copy
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +24,8 @@ from llamabook.fast.payoff import Payoff, predicted_speedup
 from llamabook.fast.speculative import payoff_of
 
 PLAIN, ADAPTIVE = 0, None  # as speculate_k: no draft at all; as many as the run finds good
-ROUNDS_OF_COSTS, REPEATS_OF_COSTS = 4, 3  # rounds of a decoding that is to show what steps cost, and how often it runs
+WARM_ROUNDS = 3
+ROUNDS_OF_COSTS, REPEATS_OF_COSTS = 4, 5  # rounds of a decoding that is to show what steps cost, and how often it runs
 SIDE_BY_SIDE = 2  # decodings with the draft between two without
 
 
@@ -33,25 +33,56 @@ SIDE_BY_SIDE = 2  # decodings with the draft between two without
 class Run:
     """A decoding of a batch, timed from the end of its first round on.
 
-    rounds: how many are timed; tokens: what they added to all rows; seconds: what they took; draft_s, check_s: of that,
-    what one drafted token took (None where k is not fixed), and one check; prefill_s: what the draft's reading of the
-    prompts took; past_end: tokens behind a text's own end; done: what speculation did, the first round included.
+    k: as speculate_k, or PLAIN; rounds: how many are timed; seconds: what they took; first, done: what speculation had done
+    after the first round, and at the end; written: the new tokens of each row.
     """
 
-    batch_size: int
+    k: int | None
     rounds: int
-    tokens: int
     seconds: float
-    draft_s: float | None
-    check_s: float | None
-    prefill_s: float | None
-    past_end: int
+    first: Statistics
     done: Statistics
+    written: list[list[int]]
+
+    def timed(self, name: str) -> float:
+        """What the timed rounds added to the field `name` of their statistics."""
+        total = (sum(value.values()) if isinstance(value, Counter) else value for value in (vars(self.done)[name], vars(self.first)[name]))
+        return next(total) - next(total)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Of all rows together. Rounds count in full, though a row may be full before its last one ends."""
+        return (len(self.written) * self.rounds + self.timed("stayed")) / self.seconds
 
     @property
     def token_s(self) -> float:
-        """Seconds for one more token in each row."""
-        return self.seconds * self.batch_size / self.tokens
+        """Seconds until each row has one more token."""
+        return len(self.written) / self.tokens_per_s
+
+    @property
+    def draft_s(self) -> float | None:
+        """Seconds of a drafted token; None where the number of them changes, or is 0."""
+        return self.timed("draft_seconds") / (self.k * self.rounds) if self.k else None
+
+    @property
+    def check_s(self) -> float:
+        """Seconds of a check."""
+        return self.timed("target_seconds") / self.rounds
+
+    @property
+    def draft_prefill_s(self) -> float | None:
+        """What the first draft took longer than the others: it read the prompts."""
+        return max(self.first.draft_seconds - self.k * self.draft_s, 0.0) if self.k else None
+
+    def past_end(self, ends: set[int]) -> float:
+        """The share of tokens that stand behind their text's own end."""
+        behind = (len(row) - 1 - next((i for i, token in enumerate(row) if token in ends), len(row) - 1) for row in self.written if row)
+        return sum(behind) / sum(map(len, self.written))
+
+
+def least_tokens(ks: Sequence[int]) -> int:
+    """How many new tokens leave a round to be timed, whatever is accepted: the first token, a round, and one more."""
+    return max(*ks, *Payoff().choices) + 3
 
 
 @dataclass
@@ -61,49 +92,33 @@ class Lab:
     model: torch.nn.Module
     draft: torch.nn.Module
     options: dict = field(default_factory=dict)
-    learned: dict = field(default_factory=dict)  # batch size -> what adaptive runs have learned; fixed ones teach it nothing
+    learned: dict[int, Payoff] = field(default_factory=dict)  # by batch size, what adaptive runs go by
 
-    @contextmanager
-    def own_memory(self, batch_size: int, k: int | None) -> Iterator[None]:
-        """Within the block a run with a fixed k leaves no trace in what `ADAPTIVE` runs go by."""
-        compiled = bool(self.options.get("compile"))
-        payoff_of(self.draft, self.model, batch_size, compiled)
-        shelf = self.draft.payoffs[self.model]
-        shelf[batch_size, compiled] = self.learned.setdefault(batch_size, Payoff()) if k is ADAPTIVE else Payoff()
-        yield
+    def recall(self, batch_size: int, k: int | None) -> None:
+        """Let an adaptive run go by what adaptive runs have learned, and others leave no trace in that."""
+        payoff_of(self.draft, self.model, batch_size, compiled := bool(self.options.get("compile")))
+        payoff = self.learned.setdefault(batch_size, Payoff()) if k is ADAPTIVE else Payoff()
+        self.draft.payoffs[self.model][batch_size, compiled] = payoff
 
     def decode(self, prompts: Sequence[Sequence[int]], n: int, k: int | None, rounds: int | None = None, seed: int = 0) -> Run:
-        """Add n tokens to the first row that is full, or as many as `rounds` timed rounds do, k drafted a round."""
-        B, done, seen, start, end = len(prompts), Statistics(), 0, 0.0, 0.0
+        """Decode until a row has n new tokens, or for so many timed rounds."""
+        first, done, seen, start, end = Statistics(), Statistics(), 0, 0.0, 0.0
         written: list[list[int]] = [[] for _ in prompts]
         use = {} if k == PLAIN else {"draft": self.draft, "speculate_k": k, "statistics": done}
-        with self.own_memory(B, k):
-            for row, token in fast.stream(self.model, prompts, n, seed=seed, **use, **self.options):
-                passes = done.target_passes if use else len(written[0])
-                if passes > seen:  # the first token of a round: all of it is there
-                    seen, end = passes, time.perf_counter()
-                    if seen == 1:
-                        first = copy.deepcopy(done)
-                        start = end = time.perf_counter()
-                    if rounds is not None and seen > rounds:
-                        break
-                written[row].append(token)
-                if len(written[row]) == n:
+        if use:
+            self.recall(len(prompts), k)
+        for row, token in fast.stream(self.model, prompts, n, seed=seed, **use, **self.options):
+            passes = done.target_passes if use else len(written[0])
+            if passes > seen:  # the first token of a round: all of it is there
+                seen, end = passes, time.perf_counter()
+                if seen == 1:
+                    first, start = copy.deepcopy(done), time.perf_counter()
+                if rounds is not None and seen > rounds:
                     break
-        return self.timed(written, B, k, seen - 1, end - start, done, first)
-
-    def timed(self, written, B: int, k: int | None, rounds: int, seconds: float, done: Statistics, first: Statistics) -> Run:
-        """The `Run` of what was `done`, without the `first` round."""
-        kept = sum(done.stayed.values()) - sum(first.stayed.values())
-        draft_s = check_s = prefill_s = None
-        if k != PLAIN:
-            check_s = (done.target_seconds - first.target_seconds) / rounds
-        if k:
-            draft_s = (done.draft_seconds - first.draft_seconds) / (k * rounds)
-            prefill_s = max(first.draft_seconds - k * draft_s, 0.0)
-        ends = set(getattr(getattr(self.model, "tokenizer", None), "stop_tokens", ()))
-        past = sum(len(row) - 1 - next((i for i, token in enumerate(row) if token in ends), len(row) - 1) for row in written if row)
-        return Run(B, rounds, B * rounds + kept, seconds, draft_s, check_s, prefill_s, past, done)
+            written[row].append(token)
+            if len(written[row]) == n:
+                break
+        return Run(k, seen - 1, end - start, first, done, written)
 
 
 def least_alpha(k: int, c: float, v: float) -> float | None:
@@ -123,22 +138,23 @@ def least_alpha(k: int, c: float, v: float) -> float | None:
 def costs(lab: Lab, prompts: Sequence[Sequence[int]], ks: Sequence[int], n: int) -> dict:
     """What steps cost for these rows, before any text is measured, and how often a draft must be right to pay at that.
 
-    {"plain_step_s", "draft_step_s", "check_s": {k: seconds}, "needs_alpha": {k: share or None}}. Every kind of step takes
-    its turn, a few times; the text has no part in it.
+    {"plain_step_s", "draft_step_s", "draft_cost", "rows": [{"speculate_k", "check_s", "check_cost", "needs_alpha"}]}, costs in
+    plain steps. Every kind of step takes its turn, a few times, of which the quickest counts: what disturbs a step never
+    makes it quicker. What is accepted has no part in it.
     """
-    plain, draft, check = [], [], {k: [] for k in ks}
+    plain, draft, checks = [], [], {k: [] for k in ks}
     for _ in range(REPEATS_OF_COSTS):
-        for k in (PLAIN, *ks):
+        plain.append(lab.decode(prompts, min(n, ROUNDS_OF_COSTS + 2), PLAIN, ROUNDS_OF_COSTS).token_s)
+        for k, seconds in checks.items():
             run = lab.decode(prompts, min(n, (ROUNDS_OF_COSTS + 2) * (k + 1)), k, ROUNDS_OF_COSTS)
-            if k == PLAIN:
-                plain.append(run.token_s)
-            else:
-                draft.append(run.draft_s)
-                check[k].append(run.check_s)
-    step, drafted = statistics.median(plain), statistics.median(draft)
-    checks = {k: statistics.median(seconds) for k, seconds in check.items()}
-    needs = {k: least_alpha(k, drafted / step, checks[k] / step) for k in ks}
-    return {"plain_step_s": step, "draft_step_s": drafted, "check_s": checks, "needs_alpha": needs}
+            draft.append(run.draft_s)
+            seconds.append(run.check_s)
+    step, c = min(plain), min(draft) / min(plain)
+    rows = []
+    for k, seconds in checks.items():
+        v = min(seconds) / step
+        rows.append({"speculate_k": k, "check_s": min(seconds), "check_cost": v, "needs_alpha": least_alpha(k, c, v)})
+    return {"plain_step_s": step, "draft_step_s": min(draft), "draft_cost": c, "rows": rows}
 
 
 def turns(contenders: Sequence, number: int) -> list:
@@ -167,82 +183,82 @@ def one_round(order: Sequence, decode: Callable[[int | None], Run]) -> dict:
 
 def measure(
     lab: Lab, prompts: Sequence[Sequence[int]], batch_sizes: Sequence[int], ks: Sequence[int], n: int, rounds: int,
-    seed: int = 0, say: Callable[[str], None] = lambda text: None, told: Callable[[dict], None] = lambda batch: None,
+    seed: int = 0, say: Callable[[str], None] = lambda text: None, tell: Callable[[dict], None] = lambda batch: None,
 ) -> list[dict]:  # fmt: skip
-    """For each batch size {"batch_size", "costs", "alpha", "rows", "adaptive"}; the ks of `rows` are as asked for.
+    """For each batch size {"batch_size", "costs", "alpha", "past_end", "rows", "adaptive"}, a row for each k.
 
     Round r takes the next `batch_size` of the prompts, from the first on when all were used. say: called with what is being
-    done; told: with a batch size and its costs, as soon as they are known, and again with all of it.
+    done; tell: with a batch size and its costs, as soon as they are known, and again with all of it.
     """
     results = []
     for B in batch_sizes:
-        def rows_of(number: int) -> list:
-            return [prompts[(number * B + row) % len(prompts)] for row in range(B)]
-
+        batches = [[prompts[(number * B + row) % len(prompts)] for row in range(B)] for number in range(rounds)]
+        say(f"batch {B}: warming up")
         for k in (PLAIN, *ks, ADAPTIVE):
-            say(f"batch {B}: warming up")
-            lab.decode(rows_of(0), n, k, 3 if k is not ADAPTIVE else None, seed)
+            lab.decode(batches[0], n, k, None if k is ADAPTIVE else WARM_ROUNDS, seed)
         say(f"batch {B}: what steps cost")
-        batch = {"batch_size": B, "costs": costs(lab, rows_of(0), ks, n)}
-        told(batch)
-        measured: dict = {k: [] for k in (*ks, ADAPTIVE)}
-        for number in range(rounds):
+        batch = {"batch_size": B, "costs": costs(lab, batches[0], ks, n)}
+        tell(batch)
+        measured: dict[int | None, list] = {k: [] for k in (*ks, ADAPTIVE)}
+        for number, rows in enumerate(batches):
             say(f"batch {B}: round {number + 1} of {rounds}")
             order = turns([*ks, ADAPTIVE], number)
-            found = one_round(order, lambda k: lab.decode(rows_of(number), n, k, seed=seed + number * B))
-            for k, pair in found.items():
+            for k, pair in one_round(order, lambda k: lab.decode(rows, n, k, seed=seed + number * B)).items():
                 measured[k].append(pair)
-        results.append(batch | summary(measured, ks, batch["costs"]))
-        told(results[-1])
+        ends = set(getattr(getattr(lab.model, "tokenizer", None), "stop_tokens", ()))
+        past_end = statistics.mean(run.past_end(ends) for pairs in measured.values() for run, _ in pairs)
+        batch |= {"past_end": past_end, **summary(measured, batch["costs"])}
+        tell(batch)
+        results.append(batch)
     return results
 
 
-def summary(measured: dict, ks: Sequence[int], before: dict) -> dict:
-    """What the runs of one batch size say: {"alpha", "past_end", "rows", "adaptive"}; measured: k -> [(run, plain seconds)]."""
-    fixed = [run.done for k in ks for run, _ in measured[k]]
-    kept, tried = (sum(sum(getattr(done, name).values()) for done in fixed) for name in ("stayed", "reached"))
-    alpha = kept / max(tried, 1)
-    runs = [run for pairs in measured.values() for run, _ in pairs]
-    past = sum(run.past_end for run in runs) / sum(run.tokens for run in runs)
+def summary(measured: dict[int | None, list[tuple[Run, float]]], before: dict) -> dict:
+    """{"alpha", "rows", "adaptive"}: what the runs of one batch size say, each with the plain step beside it.
+
+    A prediction takes its costs from the runs, and its acceptance from all of the batch size together: one share for
+    every k and every place, as the formula has it.
+    """
+    ks = [k for k in measured if k is not ADAPTIVE]
+    alpha = merged([run for k in ks for run, _ in measured[k]]).acceptance
     rows = []
-    for k in ks:
-        row = {"speculate_k": k, **common(measured[k])}
-        c, v = (statistics.median(getattr(run, name) / plain for run, plain in measured[k]) for name in ("draft_s", "check_s"))
-        row |= {
-            "draft_step_s": statistics.median(run.draft_s for run, _ in measured[k]),
-            "check_s": statistics.median(run.check_s for run, _ in measured[k]),
-            "draft_prefill_s": statistics.median(run.prefill_s for run, _ in measured[k]),
-            "draft_cost": c, "check_cost": v, "needs_alpha": before["needs_alpha"][k],
-            "predicted": predicted_speedup(alpha, k, c, v),
-        }  # fmt: skip
+    for k, cost in zip(ks, before["rows"]):
+        pairs = measured[k]
+        c, v = (statistics.median(getattr(run, name) / plain for run, plain in pairs) for name in ("draft_s", "check_s"))
+        row = {"speculate_k": k, **seen_in(pairs), "draft_cost": c, "check_cost": v, "needs_alpha": cost["needs_alpha"]}
+        for name, of in (("draft_step_s", "draft_s"), ("check_s", "check_s"), ("draft_prefill_s", "draft_prefill_s")):
+            row[name] = statistics.median(getattr(run, of) for run, _ in pairs)
+        row["predicted"] = predicted_speedup(alpha, k, c, v)
         rows.append(row | {"error": row["predicted"] / row["speedup"] - 1})
-    adaptive = common(measured[ADAPTIVE])
-    adaptive["chosen"] = dict(sorted(sum((run.done.drafts for run, _ in measured[ADAPTIVE]), Counter()).items()))
-    adaptive["best_fixed"] = max(rows, key=lambda row: row["speedup"])["speculate_k"]
-    return {"alpha": alpha, "past_end": past, "rows": rows, "adaptive": adaptive}
+    chosen = sorted(merged([run for run, _ in measured[ADAPTIVE]]).drafts.items())
+    return {"alpha": alpha, "rows": rows, "adaptive": seen_in(measured[ADAPTIVE]) | {"chosen": chosen}}
 
 
-def common(pairs: list[tuple[Run, float]]) -> dict:
-    """What is said of a fixed k and of the adaptive one alike: speed, paired speed-up, acceptance by position."""
-    ratios = [plain / run.token_s for run, plain in pairs]
+def merged(runs: list[Run]) -> Statistics:
+    """The counts of several runs together."""
+    whole = Statistics()
+    for run in runs:
+        for name in ("drafts", "histogram", "reached", "stayed"):
+            getattr(whole, name).update(getattr(run.done, name))
+    return whole
+
+
+def seen_in(pairs: list[tuple[Run, float]]) -> dict:
+    """What is said of a fixed k and of the adaptive row alike: speed, paired speed-up, acceptance place by place."""
+    runs, done = [run for run, _ in pairs], merged([run for run, _ in pairs])
+    ratios, speeds = [plain / run.token_s for run, plain in pairs], [run.tokens_per_s for run in runs]
     low, high = median_interval(ratios)
-    speeds = [run.batch_size / run.token_s for run, _ in pairs]
-    stayed, reached, histogram = (
-        sum((getattr(run.done, name) for run, _ in pairs), Counter()) for name in ("stayed", "reached", "histogram")
-    )
-    places = range(1, max(reached, default=0) + 1)
     return {
         "plain_step_s": statistics.median(plain for _, plain in pairs),
         "tokens_per_s": statistics.median(speeds), "tokens_per_s_min": min(speeds), "tokens_per_s_max": max(speeds),
         "speedup": statistics.median(ratios), "speedup_low": low, "speedup_high": high,
-        "alpha": sum(stayed.values()) / max(sum(reached.values()), 1),
-        "reached": [reached[place] for place in places], "stayed": [stayed[place] for place in places],
-        "acceptance": [stayed[place] / reached[place] for place in places],
-        "mean_accepted": sum(stayed.values()) / max(sum(histogram.values()), 1),
-        "histogram": dict(sorted(histogram.items())),
+        "alpha": done.acceptance, "mean_accepted": done.mean_accepted,
+        "reached": [done.reached[place] for place in sorted(done.reached)],  # by place in the draft, from 1
+        "stayed": [done.stayed[place] for place in sorted(done.reached)],
+        "accepted": sorted(done.histogram.items()),  # tokens of a round -> how often
         "rounds": [
             {"token_s": run.token_s, "plain_step_s": plain, "draft_step_s": run.draft_s, "check_s": run.check_s,
-             "draft_prefill_s": run.prefill_s, "rounds": run.rounds, "tokens": run.tokens}
+             "draft_prefill_s": run.draft_prefill_s, "rounds": run.rounds, "seconds": run.seconds}
             for run, plain in pairs
         ],
     }  # fmt: skip

@@ -104,6 +104,11 @@ def table(rows: list[dict]) -> str:
             f"{row['peak_memory_gb']:.2f}",
             *([f"{row['check_cost']:.2f}" if "check_cost" in row else "-"] if checked else []),
         ))  # fmt: skip
+    return aligned(lines)
+
+
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Words in columns, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines)
 

@@ -3,6 +3,8 @@
 import datetime
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from llamabook.cli.speak import embedded, pick_device, pick_dtype
@@ -60,7 +62,7 @@ def compare(
     print(report.table(rows))
     if output is not None:
         report.write_json(rows, output)
-        draw(rows, output.with_suffix(".png"))
+        write_figure(partial(report.draw, rows), output.with_suffix(".png"))
 
 
 def kernels_alone(*, rounds: int, output: Path | None) -> None:
@@ -97,13 +99,12 @@ def progress(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Write the figure, or say in one line why there is none."""
-    from llamabook.bench.report import draw as figure_of
+def write_figure(make: Callable, path: Path) -> None:
+    """Write the figure that `make` makes, or say in one line why there is none."""
     from llamabook.files import replacing
 
     try:
-        figure = figure_of(rows)
+        figure = make()
     except ImportError:
         print("llamabook: no figure, since matplotlib is not installed: pip install matplotlib", file=sys.stderr)
         return
