@@ -19,6 +19,7 @@ import torch
 
 from llamabook import fast
 from llamabook.bench.report import median_interval
+from llamabook.errors import InputError
 from llamabook.fast import Statistics
 from llamabook.fast.payoff import Payoff, predicted_speedup
 from llamabook.fast.speculative import payoff_of
@@ -46,8 +47,8 @@ class Run:
 
     def timed(self, name: str) -> float:
         """What the timed rounds added to the field `name` of their statistics."""
-        total = (sum(value.values()) if isinstance(value, Counter) else value for value in (vars(self.done)[name], vars(self.first)[name]))
-        return next(total) - next(total)
+        last, first = vars(self.done)[name], vars(self.first)[name]
+        return last.total() - first.total() if isinstance(last, Counter) else last - first
 
     @property
     def tokens_per_s(self) -> float:
@@ -76,13 +77,15 @@ class Run:
 
     def past_end(self, ends: set[int]) -> float:
         """The share of tokens that stand behind their text's own end."""
-        behind = (len(row) - 1 - next((i for i, token in enumerate(row) if token in ends), len(row) - 1) for row in self.written if row)
-        return sum(behind) / sum(map(len, self.written))
+        past = [any(token in ends for token in row[:place]) for row in self.written for place in range(len(row))]
+        return sum(past) / len(past)
 
 
-def least_tokens(ks: Sequence[int]) -> int:
-    """How many new tokens leave a round to be timed, whatever is accepted: the first token, a round, and one more."""
-    return max(*ks, *Payoff().choices) + 3
+def check_length(n: int, ks: Sequence[int]) -> None:
+    """Raises InputError where n new tokens leave no round to be timed behind the first token, a full round and one more."""
+    least = max(*ks, *Payoff().choices) + 3
+    if n < least:
+        raise InputError(f"--max_new_tokens is {n}: give {least} or more, so that there are rounds to measure")
 
 
 @dataclass

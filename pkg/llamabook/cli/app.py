@@ -509,14 +509,21 @@ def bench(
         ),
     ] = None,
     modes: Annotated[
-        str,
+        Optional[str],
         word(
             "--modes",
             "LIST",
             "What to compare, with commas between: regular, fast, kv_cache and static, static_int8, static_int4 "
-            "(groups of 32; static_int4.g64 and so on), each also with _compiled.",
+            "(groups of 32; static_int4.g64 and so on), and speculative in the same kinds, each also with _compiled. "
+            "[default: regular, kv_cache and static, each also compiled; with a draft static,speculative]",
         ),
-    ] = "regular,regular_compiled,kv_cache,kv_cache_compiled,static,static_compiled",
+    ] = None,
+    draft_checkpoint_path: Annotated[
+        Optional[Path], word("--draft_checkpoint_path", "PATH", "The draft of the speculative modes; all modes then read text.")
+    ] = None,
+    speculate_k: Annotated[
+        Optional[int], typer.Option("--speculate_k", metavar="N", help="How many tokens it drafts a round. [default: as many as pay]")
+    ] = None,
     device: Device = None,
     dtype: Annotated[str, word("--dtype", "NAME", "Type of the weights: float32, bfloat16 or float16.")] = "bfloat16",
     batch_size: Annotated[int, typer.Option("--batch_size", metavar="N", help="How many texts at once.")] = 1,
@@ -559,6 +566,8 @@ def bench(
         checkpoint_path=checkpoint_path,
         shape=shape,
         modes=modes,
+        draft_checkpoint_path=draft_checkpoint_path,
+        speculate_k=speculate_k,
         device=device,
         dtype=dtype,
         batch_size=batch_size,

@@ -10,12 +10,17 @@ from pathlib import Path
 from llamabook.cli.speak import embedded, pick_device, pick_dtype
 from llamabook.errors import InputError
 
+USUAL = "regular,regular_compiled,kv_cache,kv_cache_compiled,static,static_compiled"
+WITH_DRAFT = "static,speculative"
+
 
 def compare(
     *,
     checkpoint_path: Path | None,
     shape: str | None,
-    modes: str,
+    modes: str | None,
+    draft_checkpoint_path: Path | None,
+    speculate_k: int | None,
     device: str | None,
     dtype: str,
     batch_size: int,
@@ -28,12 +33,12 @@ def compare(
     output: Path | None,
 ) -> None:
     """Measure, print the table, and write JSON and figure if asked."""
-    from llamabook.bench.job import Job, check_modes, config_of
+    from llamabook.bench.job import Job, check_draft, check_modes, config_of
 
     if checkpoint_path is not None and shape is not None:
         raise InputError("--checkpoint_path and --shape: give one of them")
     check_output(rounds, output)
-    names = check_modes(modes)
+    names = check_modes((WITH_DRAFT if draft_checkpoint_path else USUAL) if modes is None else modes)
     others = dict(check_peer(peer, names) for peer in peers)
     pick_dtype(dtype)
     job = Job(
@@ -45,9 +50,12 @@ def compare(
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         check_tokens=check_tokens,
+        draft_checkpoint_path=str(draft_checkpoint_path) if draft_checkpoint_path else None,
+        speculate_k=speculate_k,
     )
     config = config_of(job)
     job.check(config)
+    check_draft(job, names)
 
     from llamabook.bench import report
     from llamabook.bench.rotation import measure

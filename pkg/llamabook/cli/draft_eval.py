@@ -43,13 +43,11 @@ def measure_draft(
 
     from llamabook import fast, pocket
     from llamabook.bench import draft_report
-    from llamabook.bench.draft import Lab, least_tokens, measure
+    from llamabook.bench.draft import Lab, check_length, measure
     from llamabook.bench.worker import machine, versions
     from llamabook.fast import kernels
 
-    least = least_tokens(ks)
-    if max_new_tokens < least:
-        raise InputError(f"--max_new_tokens is {max_new_tokens}: give {least} or more, so that there are rounds to measure")
+    check_length(max_new_tokens, ks)
     own = torch.float32 if checkpoint_path is None else None  # small, and the same text on more machines
     path, draft_path = checkpoint_path or pocket.path(TARGET), draft_checkpoint_path or pocket.path(DRAFT)
     how = {"device": place, "activations": "exact" if exact_activations else "rounded"}
