@@ -1,7 +1,7 @@
 """Speculation against plain decoding, against the distribution that it must draw from, and against mutants of itself."""
 
 import inspect
-import sys
+import io
 
 import pytest
 import torch
@@ -9,8 +9,9 @@ from small_llamas import random_weights
 from torch._dynamo.utils import counters
 
 from llamabook import fast, pocket
-from llamabook.errors import ContextError, InputError
-from llamabook.fast import payoff, speculative
+from llamabook.cli import app
+from llamabook.errors import InputError
+from llamabook.fast import speculative
 from llamabook.fast.model import from_llama
 from llamabook.fast.payoff import Payoff, expected_tokens, predicted_speedup
 from llamabook.fast.quantize import QuantizedLinear, scheme_of
@@ -335,6 +336,18 @@ def test_to_the_last_slot_of_the_context(new):
             assert fast.generate(model, prompts, new, draft=draft, speculate_k=k) == fast.generate(model, prompts, new)
 
 
+def test_a_draft_of_a_shorter_context(target):
+    """It drafts as far as it can read; the text is the plain one beyond, and where a prompt is too long for it."""
+    short, statistics = from_llama(llama(context_length=45)), fast.Statistics()
+    for k in (3, None):
+        assert fast.generate(target, PROMPTS, 60, draft=short, speculate_k=k, statistics=statistics) == fast.generate(target, PROMPTS, 60)
+    assert statistics.drafts[3] > 0 < statistics.drafts[0] and statistics.acceptance > 0.9
+    long = [list(range(60)), [1, 2]]
+    assert fast.generate(target, long, 30, draft=short, speculate_k=3) == fast.generate(target, long, 30)
+    stops = {"stop": fast.generate(target, PROMPTS, 3)[1][2]}  # the longest row ends first
+    assert fast.generate(target, PROMPTS, 60, draft=short, speculate_k=3, **stops) == fast.generate(target, PROMPTS, 60, **stops)
+
+
 def test_few_and_none(target):
     assert fast.generate(target, [], 5, draft=target) == []
     assert fast.generate(target, PROMPTS, 0, draft=target) == [[]] * 4
@@ -344,14 +357,11 @@ def test_few_and_none(target):
 
 
 def test_bad_input(target):
-    short = from_llama(llama(context_length=40))
     for error, words, given in (
         (InputError, "speculate_k is 0", {"draft": target, "speculate_k": 0}),
         (InputError, "speculate_k is 2.5", {"draft": target, "speculate_k": 2.5}),
         (InputError, "give a model from fast.load", {"draft": "pocket-draft"}),
         (InputError, "without a draft", {"speculate_k": 3}),
-        (InputError, "without a draft", {"statistics": fast.Statistics()}),
-        (ContextError, "the draft's context length is 40", {"draft": short}),
     ):
         with pytest.raises(error, match=words):
             fast.stream(target, PROMPTS, 20, **given)
@@ -458,3 +468,50 @@ def test_costs_are_remembered(target, drafts):
     before = len(draft.payoffs)
     del model, known
     assert len(draft.payoffs) == before - 1
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def say(capsys, *words):
+    code = app.main(list(words))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_generate_with_a_draft(capsys):
+    """The text at temperature 0 is the plain one, with each kind of draft, alone and in a batch."""
+    words = ["generate", "--temperature", "0", "--max_new_tokens", "60", "--device", "cpu", "--prompt", "One day, Anna"]
+    code, plain, _ = say(capsys, *words)
+    for draft in (["--draft_checkpoint_path", "pocket-draft", "--speculate_k", "4"], ["--prompt_lookup"],
+                  ["--draft_checkpoint_path", str(pocket.path("pocket-draft"))]):  # fmt: skip
+        code, out, err = say(capsys, *words, *draft)
+        assert code == 0 and out == plain and "Speculation: " in err
+    assert "passes of the model" in err or "plain steps" in err
+    _, two, _ = say(capsys, *words, "--num_samples", "2", "--batch_size", "2")
+    assert say(capsys, *words, "--num_samples", "2", "--batch_size", "2", "--prompt_lookup", "--speculate_k", "2")[1] == two
+
+
+def test_chat_with_a_draft(capsys, monkeypatch):
+    answers = []
+    for draft in ([], ["--draft_checkpoint_path", "pocket-draft"], ["--prompt_lookup", "--speculate_k", "3"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("What do llamas eat?\nAnd where do they sleep?\n"))
+        code, out, _ = say(capsys, "chat", "--temperature", "0", "--device", "cpu", *draft)
+        assert code == 0
+        answers.append(out)
+    assert answers[0].strip() and answers == answers[:1] * 3
+
+
+@pytest.mark.parametrize("words, complaint", [
+    (["--speculate_k", "3"], "--speculate_k needs what drafts: give --draft_checkpoint_path or --prompt_lookup"),
+    (["--prompt_lookup", "--speculate_k", "0"], "--speculate_k is 0: give 1 or more"),
+    (["--prompt_lookup", "--draft_checkpoint_path", "pocket-draft"], "give one of them"),
+    (["--draft_checkpoint_path", "nowhere"], "nowhere"),
+    (["--draft_checkpoint_path", "pocket-llama2"], "other ids"),
+    (["--draft_checkpoint_path"], "--draft_checkpoint_path"),
+])  # fmt: skip
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_bad_flags(capsys, monkeypatch, command, words, complaint):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What do llamas eat?\n"))
+    code, out, err = say(capsys, command, *words)
+    assert code not in (0, None) and complaint in err and len(err.strip().splitlines()) <= 3 and "Traceback" not in err

@@ -135,6 +135,17 @@ Compile = Annotated[
     bool, typer.Option("--compile", help="Decode through torch.compile, which first takes some seconds.")
 ]
 CompilePrefill = Annotated[bool, typer.Option("--compile_prefill", help="Compile the reading of the prompt, too.")]
+DraftCheckpointPath = Annotated[
+    Optional[Path],
+    word("--draft_checkpoint_path", "PATH", "A smaller model that drafts tokens, for the model to check several at a time."),
+]
+PromptLookup = Annotated[
+    bool, typer.Option("--prompt_lookup", help="Draft without a model: what followed the same few tokens before.")
+]
+SpeculateK = Annotated[
+    Optional[int],
+    typer.Option("--speculate_k", metavar="N", help="How many tokens to draft a round. [default: as many as pay, or none]"),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 ExactActivations = Annotated[
     bool,
@@ -197,6 +208,9 @@ def generate(
         word("--profile", "FILE", "Write a trace of the last batch, for Perfetto: FILE.json, or FILE if it is .json.gz."),
     ] = None,
     exact_activations: ExactActivations = False,
+    draft_checkpoint_path: DraftCheckpointPath = None,
+    prompt_lookup: PromptLookup = False,
+    speculate_k: SpeculateK = None,
 ) -> Action:
     """Continue a prompt with a Llama.
 
@@ -207,7 +221,7 @@ def generate(
     It goes with neither --prompt, --num_samples, --batch_size nor --profile.
     """
     from llamabook.cli.generate import continue_lines, write
-    from llamabook.cli.speak import Sampling, Speaker
+    from llamabook.cli.speak import Sampling, Speaker, draft_of
 
     load = partial(
         Speaker,
@@ -218,6 +232,8 @@ def generate(
         compile=compile,
         compile_prefill=compile_prefill,
         exact_activations=exact_activations,
+        draft=draft_of(draft_checkpoint_path, prompt_lookup, speculate_k),
+        speculate_k=speculate_k,
     )
     sampling = Sampling(max_new_tokens, temperature, top_k, top_p, min_p, tuple(stop or ()), seed)
     if interactive:
@@ -253,6 +269,9 @@ def chat(
     compile: Compile = False,
     compile_prefill: CompilePrefill = False,
     exact_activations: ExactActivations = False,
+    draft_checkpoint_path: DraftCheckpointPath = None,
+    prompt_lookup: PromptLookup = False,
+    speculate_k: SpeculateK = None,
 ) -> Action:
     """Talk with a Llama.
 
@@ -260,7 +279,7 @@ def chat(
     context is full, the oldest messages are forgotten.
     """
     from llamabook.cli.chat import talk
-    from llamabook.cli.speak import Sampling, Speaker
+    from llamabook.cli.speak import Sampling, Speaker, draft_of
 
     return partial(
         talk,
@@ -273,6 +292,8 @@ def chat(
             compile=compile,
             compile_prefill=compile_prefill,
             exact_activations=exact_activations,
+            draft=draft_of(draft_checkpoint_path, prompt_lookup, speculate_k),
+            speculate_k=speculate_k,
         ),
         system=system,
         sampling=Sampling(max_new_tokens, temperature, top_k, top_p, min_p, seed=seed),
@@ -509,14 +530,21 @@ def bench(
         ),
     ] = None,
     modes: Annotated[
-        str,
+        Optional[str],
         word(
             "--modes",
             "LIST",
             "What to compare, with commas between: regular, fast, kv_cache and static, static_int8, static_int4 "
-            "(groups of 32; static_int4.g64 and so on), each also with _compiled.",
+            "(groups of 32; static_int4.g64 and so on), and speculative in the same kinds, each also with _compiled. "
+            "[default: regular, kv_cache and static, each also compiled; with a draft static,speculative]",
         ),
-    ] = "regular,regular_compiled,kv_cache,kv_cache_compiled,static,static_compiled",
+    ] = None,
+    draft_checkpoint_path: Annotated[
+        Optional[Path], word("--draft_checkpoint_path", "PATH", "The draft of the speculative modes; all modes then read text.")
+    ] = None,
+    speculate_k: Annotated[
+        Optional[int], typer.Option("--speculate_k", metavar="N", help="How many tokens it drafts a round. [default: as many as pay]")
+    ] = None,
     device: Device = None,
     dtype: Annotated[str, word("--dtype", "NAME", "Type of the weights: float32, bfloat16 or float16.")] = "bfloat16",
     batch_size: Annotated[int, typer.Option("--batch_size", metavar="N", help="How many texts at once.")] = 1,
@@ -559,6 +587,8 @@ def bench(
         checkpoint_path=checkpoint_path,
         shape=shape,
         modes=modes,
+        draft_checkpoint_path=draft_checkpoint_path,
+        speculate_k=speculate_k,
         device=device,
         dtype=dtype,
         batch_size=batch_size,
@@ -596,6 +626,66 @@ def inflate(
     from llamabook.cli.inflate import lay
 
     return partial(lay, checkpoint_path=checkpoint_path, shape=shape, output=output, dtype=dtype, force=force)
+
+
+@app.command(name="draft-eval")
+def draft_eval(
+    checkpoint_path: Annotated[
+        Optional[Path],
+        word("--checkpoint_path", "PATH", "The model: folder with weights and tokenizer. [default: the embedded pocket-llama3.2]"),
+    ] = None,
+    draft_checkpoint_path: Annotated[
+        Optional[Path],
+        word("--draft_checkpoint_path", "PATH", "The draft; it needs no tokenizer. [default: the embedded pocket-draft]"),
+    ] = None,
+    batch_size: Annotated[str, word("--batch_size", "LIST", "How many texts at once, as 1,2,4 or 1..4.")] = "1,2,4,8",
+    speculate_k: Annotated[str, word("--speculate_k", "LIST", "How many tokens to draft a round.")] = "1..8",
+    prompts: Annotated[
+        Optional[Path], word("--prompts", "FILE", "A prompt a line. [default: beginnings of the farm's held-out stories]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", metavar="N", help="How long each text becomes; no end of text stops it.")
+    ] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="How often everything has its turn.")] = 5,
+    temperature: Temperature = 0.0,
+    seed: Seed = 1234,
+    device: Device = None,
+    dtype: Dtype = None,
+    draft_dtype: Annotated[
+        Optional[str], word("--draft_dtype", "NAME", "Type of the draft's weights. [default: as --dtype]")
+    ] = None,
+    compile: Compile = False,
+    exact_activations: ExactActivations = False,
+    output: Annotated[
+        Optional[Path], word("--output", "FILE", "Write all numbers as JSON, and a figure beside it as PNG.")
+    ] = None,
+) -> Action:
+    """Measure how much faster a draft makes a model.
+
+    For each batch size, first what steps cost, and how often a draft must be right to pay at that. Then texts, with each
+    number of drafted tokens and plainly, in turns: how often the draft is right, what the formula predicts, what was
+    gained. Any checkpoint that loads can be the draft.
+    """
+    from llamabook.cli.draft_eval import measure_draft
+
+    return partial(
+        measure_draft,
+        checkpoint_path=checkpoint_path,
+        draft_checkpoint_path=draft_checkpoint_path,
+        batch_size=batch_size,
+        speculate_k=speculate_k,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        rounds=rounds,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        draft_dtype=draft_dtype,
+        compile=compile,
+        exact_activations=exact_activations,
+        output=output,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -93,7 +93,9 @@ def continue_lines(*, load: Callable[[], Speaker], sampling: Sampling) -> None:
 def report(speaker: Speaker, ids: list[int], spoken: Spoken, label: str = "") -> None:
     """Say how fast it was, and how much of the memory's speed that is."""
     tell(f"{label}{spoken}")
-    if spoken.steps > 0:
+    if spoken.statistics is not None:
+        tell(f"Speculation: {spoken.statistics}")
+    elif spoken.steps > 0:
         speed = speaker.step_bytes(len(ids), spoken) * spoken.steps_per_second
         tell(f"Bandwidth achieved: {speed / 1e9:.1f} GB/s")
     if spoken.cut:

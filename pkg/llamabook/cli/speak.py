@@ -14,6 +14,7 @@ from llamabook.errors import ContextError, InputError
 TELLERS = ("pocket-llama3.2", "pocket-llama2")  # of the embedded models the first that is there tells stories,
 TALKERS = ("pocket-llama3.2-instruct", "pocket-llama2")  # and answers messages
 DTYPES = ("float32", "bfloat16", "float16")
+LOOKUP = "prompt-lookup"  # drafts without a model, from the text itself
 FIRST_TOKENS = 4  # of a row, until nothing new has to be compiled: the prompt's, and a GPU compiles, records, replays
 
 
@@ -59,7 +60,7 @@ class Spoken:
     """What became of one text or of several drawn side by side.
 
     rows: the drawn ids of each; seconds: what they took, and `first` of it until their first tokens; ended: each by a
-    stop; cut: by the context, before `max_new_tokens`.
+    stop; cut: by the context, before `max_new_tokens`; statistics: what a draft did, where there was one.
     """
 
     rows: list[list[int]]
@@ -67,6 +68,7 @@ class Spoken:
     first: float
     ended: bool
     cut: bool
+    statistics: object | None = None
 
     @property
     def tokens(self) -> int:
@@ -96,7 +98,8 @@ class Speaker:
     Args: checkpoint_path, a folder or the weight file in it, None for an embedded model; device, a name, None for
     the fastest there is; chat, whether prompts are messages in the model's chat format; dtype, the name of the
     weights' type, None for the checkpoint's own (an embedded model's: float32); compile and compile_prefill, as of
-    `fast.generate`; exact_activations, that quantized weights leave what they are multiplied with as it is.
+    `fast.generate`; exact_activations, that quantized weights leave what they are multiplied with as it is; draft, the
+    folder of a draft model or LOOKUP, None for plain decoding; speculate_k, as of `fast.generate`.
     """
 
     def __init__(
@@ -108,6 +111,8 @@ class Speaker:
         compile: bool = False,
         compile_prefill: bool = False,
         exact_activations: bool = False,
+        draft: Path | str | None = None,
+        speculate_k: int | None = None,
     ):
         import torch
 
@@ -122,7 +127,12 @@ class Speaker:
             path = pocket.path(embedded(chat))
             dtype = dtype or torch.float32  # small, and the same text on more machines
         activations = "exact" if exact_activations else "rounded"
-        self.model, self.tokenizer = fast.load(path, dtype=dtype, device=self.device, activations=activations)
+        to = {"dtype": dtype, "device": self.device, "activations": activations}
+        self.model, self.tokenizer = fast.load(path, **to)
+        self.speculation = {}
+        if draft is not None:
+            drafts = fast.PromptLookup() if draft == LOOKUP else fast.load_draft(draft, **to)
+            self.speculation = {"draft": drafts, "speculate_k": speculate_k}
         if self.device.type == "cpu":
             kernels.ready()  # built before anything is timed
         self.name = (path if path.is_dir() else path.parent).resolve().name
@@ -159,6 +169,7 @@ class Speaker:
         a stop token, with the token that completes a stop string, or at the end of the context. With `echo` the prompt
         is its beginning.
         """
+        from llamabook.fast import Statistics
         from llamabook.fast.decode import Stops
 
         streamers = [self.tokenizer.streamer() for _ in writers]
@@ -168,7 +179,8 @@ class Speaker:
         stops = Stops(self.stop(sampling), [ids] * len(writers), self.tokenizer)
         rows: list[list[int]] = [[] for _ in writers]
         ended, first, start = set(), 0.0, time.perf_counter()
-        for row, token in self.stream(ids, sampling, len(writers), number):
+        statistics = Statistics() if self.speculation else None
+        for row, token in self.stream(ids, sampling, len(writers), number, statistics):
             first = first or time.perf_counter() - start
             rows[row].append(token)
             if token not in self.tokenizer.stop_tokens:
@@ -180,7 +192,7 @@ class Speaker:
             write(streamer.flush())
         all_ended = len(ended) == len(rows)
         cut = self.room(ids, sampling) < sampling.max_new_tokens and not all_ended
-        return Spoken(rows, seconds, first, all_ended, cut)
+        return Spoken(rows, seconds, first, all_ended, cut, statistics)
 
     def warm_up(self, ids: list[int], sampling: Sampling, rows: int = 1) -> None:
         """Have all compiled that `speak` needs for so many rows, and say how long that took."""
@@ -193,8 +205,10 @@ class Speaker:
         if self.model.compiled_as != "refused":
             tell(f"Compilation time: {time.perf_counter() - start:.2f} s")
 
-    def stream(self, ids: list[int], sampling: Sampling, rows: int, number: int = 0) -> Iterator[tuple[int, int]]:
-        """(row, token) as each is drawn, of `rows` texts that continue `ids`."""
+    def stream(
+        self, ids: list[int], sampling: Sampling, rows: int, number: int = 0, statistics=None
+    ) -> Iterator[tuple[int, int]]:
+        """(row, token) as each is drawn, of `rows` texts that continue `ids`; `statistics` takes what a draft did."""
         from llamabook import fast
 
         return fast.stream(
@@ -208,6 +222,8 @@ class Speaker:
             stop=self.stop(sampling),
             seed=sampling.seed + number,
             **self.compiling,
+            **self.speculation,
+            **({"statistics": statistics} if self.speculation else {}),
         )
 
     def stop(self, sampling: Sampling) -> list[int | str]:
@@ -226,6 +242,21 @@ class Speaker:
         texts = job.Job(None, None, str(self.device), "", len(spoken.rows), prompt_tokens, spoken.steps + 1)
         caches = job.bytes_per_step("static", texts, self.model.cfg) - job.weight_bytes(self.model.cfg)
         return weight_bytes(self.model) + caches
+
+
+def draft_of(path: Path | None, lookup: bool, k: int | None) -> Path | str | None:
+    """What drafts, of the flags. Raises InputError where they don't fit."""
+    from llamabook import pocket
+
+    if path is not None and lookup:
+        raise InputError("--draft_checkpoint_path and --prompt_lookup: give one of them")
+    if k is not None and k < 1:
+        raise InputError(f"--speculate_k is {k}: give 1 or more, or leave it out for as many as pay")
+    if k is not None and path is None and not lookup:
+        raise InputError("--speculate_k needs what drafts: give --draft_checkpoint_path or --prompt_lookup, too")
+    if path is not None and not path.exists() and str(path) in pocket.names():
+        return pocket.path(str(path))
+    return LOOKUP if lookup else path
 
 
 def pick_device(name: str | None) -> str:

@@ -17,9 +17,9 @@ from llamabook.fast.model import Transformer, from_llama
 from llamabook.fast.quantize.files import load_engine, read_quantized
 from llamabook.fast.sampling import Sampler
 from llamabook.fast.speculative import PromptLookup, Statistics, speculate_rows
-from llamabook.tokenizer import load_tokenizer, tokenizer_folder
+from llamabook.tokenizer import has_tokenizer, load_tokenizer, tokenizer_folder
 
-__all__ = ["generate", "load", "stream", "weight_bytes"]
+__all__ = ["generate", "load", "load_draft", "stream", "weight_bytes"]
 
 
 def load(
@@ -36,13 +36,7 @@ def load(
     multiplies such numbers fastest; "exact" does not. Raises CheckpointError, TokenizerError or InputError.
     """
     path = Path(path)
-    if activations not in ("rounded", "exact"):
-        raise InputError(f"activations is {activations!r}: give 'rounded' or 'exact'")
-    if recognize(path)[0].startswith("quantized"):
-        model = load_engine(read_quantized(path), device, dtype, exact=activations == "exact")
-    else:
-        model = from_llama(load_model(path), device=device, dtype=dtype)
-    tokenizer = load_tokenizer(tokenizer_folder(path))
+    model, tokenizer = load_weights(path, dtype, device, activations), load_tokenizer(tokenizer_folder(path))
     if tokenizer.vocab_size > model.cfg["vocab_size"]:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {model.cfg['vocab_size']}, "
@@ -50,6 +44,33 @@ def load(
         )
     model.tokenizer = tokenizer  # what stop strings are looked for with
     return model, tokenizer
+
+
+def load_draft(
+    path: str | Path,
+    dtype: torch.dtype | None = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    activations: str = "rounded",
+) -> Transformer:
+    """A checkpoint as `draft` of another model, whose tokenizer speaks for both; arguments and errors as of `load`.
+
+    It needs no tokenizer of its own. If it has one, `generate` compares the two. It may have fewer tokens than the
+    model, or more: those that only one of them has are never drafted.
+    """
+    path = Path(path)
+    model = load_weights(path, dtype, device, activations)
+    if has_tokenizer(tokenizer_folder(path)):
+        model.tokenizer = load_tokenizer(tokenizer_folder(path))
+    return model
+
+
+def load_weights(path: Path, dtype: torch.dtype | None, device: torch.device | str, activations: str) -> Transformer:
+    """The model of `load`, without a tokenizer."""
+    if activations not in ("rounded", "exact"):
+        raise InputError(f"activations is {activations!r}: give 'rounded' or 'exact'")
+    if recognize(path)[0].startswith("quantized"):
+        return load_engine(read_quantized(path), device, dtype, exact=activations == "exact")
+    return from_llama(load_model(path), device=device, dtype=dtype)
 
 
 def weight_bytes(model: Transformer) -> int:
@@ -92,7 +113,8 @@ def generate(
     - draft: a smaller model, the same one in fewer bits, or a `PromptLookup`, that drafts tokens which the model then
       checks several at a time: the same text at temperature 0, else the same distribution. speculate_k: how many a
       round; None: as many as pay by what the run measures, or none (then the text drawn for a seed depends on the
-      machine's pace). statistics: a `Statistics` to which this call adds what it did.
+      machine's pace). Where a row outgrows the draft's context, all goes on plainly. statistics: a `Statistics` to which
+      this call adds what it did.
     - chunk: how many tokens of the prompts go through the model at once, all rows counted.
     - on_token: called with (row, token) as soon as a token is drawn.
 
@@ -142,9 +164,9 @@ def stream(
     sampler = Sampler(len(prompts), temperature, top_k, top_p, min_p, seed)
     stops = Stops(stop, prompts, tokenizer or getattr(model, "tokenizer", None))
     if draft is not None:
-        check_draft(draft, model, prompts, max_new_tokens, speculate_k)
-    elif speculate_k is not None or statistics is not None:
-        raise InputError("speculate_k and statistics are of a draft, and this is without a draft: give draft=..., too")
+        check_draft(draft, model, speculate_k)
+    elif speculate_k is not None:
+        raise InputError(f"speculate_k is {speculate_k!r}, without a draft: give draft=..., too")
     for each in (model, draft):
         if (compile or compile_prefill) and isinstance(each, nn.Module):
             compile_model(each, {"blocks": False, "whole": True}.get(compile))
@@ -171,8 +193,8 @@ def check_prompt(prompt: Sequence[int], row: int, vocab_size: int) -> list[int]:
     return ids
 
 
-def check_draft(draft, model: nn.Module, prompts: list[list[int]], max_new_tokens: int, k: int | None) -> None:
-    """Raises InputError for a draft that can't speak for `model`, ContextError for one that can't read so far."""
+def check_draft(draft, model: nn.Module, k: int | None) -> None:
+    """Raises InputError for a draft that can't speak for `model`."""
     if k is not None:
         check_count("speculate_k", k, 1)
     if isinstance(draft, PromptLookup):
@@ -182,10 +204,6 @@ def check_draft(draft, model: nn.Module, prompts: list[list[int]], max_new_token
     ours, theirs = next(model.parameters()).device, next(draft.parameters()).device
     if ours != theirs:
         raise InputError(f"the draft is on {theirs} and the model on {ours}: load both to one device")
-    longest = max(map(len, prompts), default=0) + max_new_tokens
-    if longest > draft.cfg["context_length"]:
-        asked = f"the longest row has {longest} tokens with its new ones"
-        raise ContextError(f"{asked}, the draft's context length is {draft.cfg['context_length']}: ask for fewer, or leave the draft out")
     check_same_tokens(getattr(model, "tokenizer", None), getattr(draft, "tokenizer", None))
 
 

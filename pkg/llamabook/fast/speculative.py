@@ -1,5 +1,6 @@
 """Speculative decoding: a draft proposes tokens, the model checks several at a time. To be the page's."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -66,6 +67,7 @@ class ModelDraft:
     def __init__(self, model: nn.Module, vocab_size: int, unread: int, cache: StaticCache, chunk: int, compiled: bool):
         self.model, self.unread, self.cache, self.chunk, self.compiled = model, unread, cache, chunk, compiled
         self.vocab_size = min(vocab_size, model.cfg["vocab_size"])  # what both have
+        self.limit = cache.max_tokens  # the least of the text's length and the draft's context
 
     def extend(self, row: int, tokens: Sequence[int]) -> None:
         """Nothing to note: it reads them in `text`."""
@@ -82,13 +84,13 @@ class ModelDraft:
 
         text (B, S) is written up to pos (B, 1), the place of its last token, in each row; uniforms (B, k).
         """
-        places = (pos + torch.arange(1 - self.unread, 1, device=pos.device)).clamp(min=0)  # (B, unread)
+        places = (pos + torch.arange(1 - self.unread, 1, device=pos.device)).clamp(0, self.limit - 1)  # (B, unread)
         for piece in places.split(max(self.chunk // len(pos), 1), dim=1):
             logits = self.logits(text.gather(1, piece), piece)
         drafted, q, self.unread = [], [], 2
         for i in range(k):
             if i:
-                logits = self.logits(drafted[-1], (pos + i).clamp(max=text.shape[1] - 1))
+                logits = self.logits(drafted[-1], (pos + i).clamp(max=self.limit - 1))
             if sampler.temperature == 0:
                 drafted.append(logits.argmax(-1, keepdim=True))
             else:
@@ -113,7 +115,7 @@ class LookupDraft:
     """The texts of a `PromptLookup`, with a dictionary of what followed, so that they may be long."""
 
     def __init__(self, lookup: PromptLookup, prompts: Sequence[Sequence[int]]):
-        self.sizes, self.unread = lookup.sizes, 0
+        self.sizes, self.unread, self.limit = lookup.sizes, 0, math.inf
         self.texts, self.after = [[] for _ in prompts], [{} for _ in prompts]
         for row, prompt in enumerate(prompts):
             self.extend(row, prompt)
@@ -256,6 +258,14 @@ class Statistics:
         """Kept tokens of a row in a round with a draft."""
         return sum(self.stayed.values()) / max(sum(self.histogram.values()), 1)
 
+    def __str__(self) -> str:
+        plain = self.drafts[0]
+        if plain == self.target_passes:
+            return f"{plain} plain steps" + ", since no draft would have paid" * (plain > 3)
+        text = f"{self.acceptance:.0%} of the tried tokens accepted, {self.mean_accepted:.1f} a round; "
+        text += f"{self.target_passes} passes of the model"
+        return text + f", {plain} of them plain, where no draft pays or reads so far" * (plain > 0.5 * self.target_passes)
+
     def note(self, drafted: int, rows: list[tuple[int, int]], draft_seconds: float, target_seconds: float) -> tuple[int, int]:
         """A round: (drafted, accepted) of each row. Returns how many tokens were tried and kept."""
         self.drafts[drafted] += 1
@@ -315,7 +325,9 @@ def speculate_rows(
             if not any(left):
                 return
             going = [row for row in range(len(left)) if left[row]]
-            rows, *seconds = writing.step(min(payoff.choose(), max(left) - 1) if k is None else k)
+            wanted = min(payoff.choose(), max(left) - 1) if k is None else k
+            longest = max(len(prompts[row]) + max_new_tokens - left[row] for row in going)
+            rows, *seconds = writing.step(wanted if longest + wanted <= drafter.limit else 0)
             drafted = max(count for count, _ in rows)
             round_ = [(rows[row][0], len(rows[row][1]) - 1) for row in going]
             payoff.note(drafted, *statistics.note(drafted, round_, *seconds), *seconds)
