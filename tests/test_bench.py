@@ -13,12 +13,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from small_llamas import kernels_first, write_llama3
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch import nn
 
 from llamabook import llama2, llama3, pocket
 from llamabook.bench import job as jobs
-from llamabook.bench import micro, report, rotation, worker
+from llamabook.bench import micro, report, rotation, texts, worker
 from llamabook.bench.job import Job, bytes_per_step, check_modes, config_of, weight_bytes
 from llamabook.bench.rotation import BenchError, Process
 from llamabook.cli import main
@@ -27,12 +28,14 @@ from llamabook.fast import kernels
 from llamabook.fast.quantize import packing
 from llamabook.llama2 import Llama2Model
 from llamabook.llama3 import Llama3Model
+from llamabook.tokenizer import load_tokenizer
 
 TINY = {
     **llama3.LLAMA32_CONFIG_1B, "vocab_size": 50, "context_length": 64, "emb_dim": 32, "n_heads": 4, "n_kv_groups": 2,
     "head_dim": 16, "n_layers": 2, "hidden_dim": 48, "rope_freq": None, "dtype": torch.float32,
 }  # fmt: skip
 JOB = Job(None, "tiny", "cpu", "float32", batch_size=1, prompt_tokens=5, max_new_tokens=6)
+ALONE = [mode for mode in jobs.MODES if mode != "speculative"]  # need no draft
 
 
 @pytest.fixture
@@ -62,6 +65,7 @@ def test_the_weights_of_a_step_are_those_of_the_model(name, config):
     ("static", "static", None), ("static_compiled", "static", None), ("static_int8", "static", "int8"),
     ("static_int4_compiled", "static", "int4"), ("static_int4.g128", "static", "int4.g128"), ("regular", "regular", None),
     ("kv_cache_compiled", "kv_cache", None), ("llama.cpp_q8_0", "llama.cpp_q8_0", None),
+    ("speculative", "speculative", None), ("speculative_int4.g64_compiled", "speculative", "int4.g64"),
 ])  # fmt: skip
 def test_a_mode_says_how_precise_its_weights_are(mode, name, precision):
     assert jobs.parts_of(mode) == (name, precision)
@@ -132,6 +136,7 @@ def test_the_interval_of_a_median(n, low, high):
 def test_modes():
     assert check_modes("regular, static_compiled") == ["regular", "static_compiled"]
     assert check_modes("static_int8,static_int4.g64_compiled") == ["static_int8", "static_int4.g64_compiled"]
+    assert check_modes("speculative_int8_compiled") == ["speculative_int8_compiled"]
     wrong = ("static_compiled_compiled", "static_int3", "static_int4.g48", "regular_int8", "static_compiled_int8")
     for words in ("", "regular,regular", "slow", "compiled", *wrong):
         with pytest.raises(InputError, match="modes|mode"):
@@ -170,7 +175,7 @@ def subject(mode, job=JOB, **changes) -> worker.Subject:
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-@pytest.mark.parametrize("mode", jobs.MODES)
+@pytest.mark.parametrize("mode", ALONE)
 def test_each_step_is_timed_and_none_is_wasted(mode, batch_size, tiny):
     made = subject(mode, replace(JOB, batch_size=batch_size))
     widths = []
@@ -189,8 +194,56 @@ def test_each_step_is_timed_and_none_is_wasted(mode, batch_size, tiny):
     assert all(value > 0 for value in (measured["prefill_s"], measured["step_s"], *measured["read_gb_per_s"]))
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A Llama 3.2 with random weights, and its tokenizer."""
+    return write_llama3(tmp_path_factory.mktemp("small"), 64)
+
+
+def speculative(folder, mode="speculative", **changes) -> worker.Subject:
+    paths = {"checkpoint_path": str(folder), "draft_checkpoint_path": str(folder), "shape": None}
+    return subject(mode, **{"speculate_k": 3, **paths, **changes})
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_draft_that_is_the_model_is_always_right(batch_size, small):
+    """Twelve tokens: one of the prompt, then 4 a round, of which the last can give but 3."""
+    made = speculative(small, batch_size=batch_size, max_new_tokens=12)
+    widths, drafted = [], []
+    for model, noted in ((made.model, widths), (made.draft, drafted)):
+        model.forward = lambda idx, *others, inner=model.forward, noted=noted: noted.append(idx.shape[1]) or inner(idx, *others)
+    times = made.run(12)
+    assert len(times) == 13 and times == sorted(times)
+    assert widths == [5, 4, 4, 4] and drafted == [6, 1, 1, *[2, 1, 1] * 2]
+    assert made.done.acceptance > 0.8 and made.done.drafts == {3: 3}  # the last round drafts beyond the text's end
+
+
+def test_a_draft_is_counted_with_what_it_reads(small):
+    """By hand: each pass reads its model's weights once, and in each row the slots so far and the one that is written."""
+    made = speculative(small, batch_size=2, max_new_tokens=12)
+    found, slots = made.round(), 5 + (1 + 11) / 2
+    one = made.weight_bytes() + 2 * (slots + 1) * 2 * 2 * 2 * 8 * 4  # rows; keys and values, layers, groups, head_dim, bytes
+    assert found["drafts"] == [(3, 3)]
+    assert found["step_bytes"] == pytest.approx((3 + 9) * one / 11)
+    assert set(found) > {"acceptance", "mean_accepted", "prefill_s", "step_s", "read_gb_per_s"}
+
+
+def test_with_a_draft_all_modes_read_the_same_text(small):
+    tokenizer = load_tokenizer(small)
+    prompts = [speculative(small, mode, batch_size=2, prompt_tokens=20).prompt for mode in ("speculative", "static", "kv_cache")]
+    assert all(torch.equal(prompts[0], prompt) for prompt in prompts) and prompts[0].shape == (2, 20)
+    assert next(texts.stories()).startswith(tokenizer.decode(prompts[0][0, 1:-3].tolist()))
+
+
+def test_few_bits_for_the_model_and_not_for_the_draft():
+    made = speculative(pocket.path("pocket-draft"), "speculative_int8", dtype="bfloat16")
+    assert made.weight_bytes() < 0.55 * weight_bytes(made.config)
+    assert {type(linear).__name__ for linear in made.linears()} == {"QuantizedLinear"}
+    assert type(made.draft.head).__name__ == "Linear" and made.draft.cfg["dtype"] is torch.bfloat16
+
+
 def test_all_modes_have_the_same_weights(tiny):
-    sizes = {mode: sum(p.nbytes for p in subject(mode).model.parameters()) for mode in jobs.MODES}
+    sizes = {mode: sum(p.nbytes for p in subject(mode).model.parameters()) for mode in ALONE}
     assert set(sizes.values()) == {weight_bytes(TINY)}, "tied, and nothing twice"
 
 
@@ -374,6 +427,29 @@ def test_a_row():
     assert wanted <= set(row)
 
 
+def test_rows_with_a_draft():
+    both = rows(regular=[10, 10, 10], static=[10, 30, 20], speculative=[20, 30, 60], speculative_int8=[1, 1, 1])
+    step = bytes_per_step("static", JOB, TINY)
+    results = [
+        {"mode": mode, "cold": None, "start": {"first_token_s": 0.5, "compile_s": 0.0, "versions": {}, "machine": {}},
+         "rounds": [{"round": n, "prefill_s": 0.1, "step_s": 1 / speed, "read_gb_per_s": [1.0, 1.0], **more} for n, speed in enumerate(speeds)]}
+        for mode, speeds, more in (
+            ("static", [10, 30, 20], {}),
+            ("speculative", [20, 30, 60], {"step_bytes": 5e8, "drafts": [(0, 1), (3, 4)], "acceptance": 0.75, "mean_accepted": 1.5}),
+            ("speculative_int8", [10, 10, 10], {"step_bytes": 4e8, "drafts": [(0, 5)]}),
+        )
+    ]  # fmt: skip
+    static, drafted, silent = found = report.rows_of(results, JOB, TINY, "2026-01-01")
+    assert static["bytes_per_token"] == step and drafted["bytes_per_token"] == 5e8 and silent["bytes_per_token"] == 4e8
+    assert drafted["gb_per_s"] == pytest.approx(15) and drafted["share_of_bandwidth"] == pytest.approx(15)
+    assert drafted["drafts"] == [(0, 3), (3, 12)] and drafted["acceptance"] == 0.75 and "acceptance" not in silent
+    head, *lines = report.table(found).splitlines()
+    assert head.split()[-5:] == ["times", "static", "right", "kept", "k"]
+    assert [line.split()[-4:] for line in lines] == [["-"] * 4, ["(1.00-3.00)", "75%", "1.50", "3"], ["-", "-", "-", "0"]]
+    assert "times static" not in report.table(both[:2])
+    assert [bar.get_width() for bar in report.draw(found).axes[0].patches] == pytest.approx([20, 30, 10])
+
+
 def test_ratios_are_those_of_the_same_round():
     both = rows(static=[10, 30, 20], regular=[5, 10, 20])
     assert report.paired(both, "static", "regular") == pytest.approx((2, 1, 3))
@@ -400,6 +476,31 @@ def test_kernels_alone(capsys):
 
 
 # ---------------------------------------------------------------- the command
+
+TARGET = ["--checkpoint_path", str(pocket.path("pocket-llama3.2"))]
+DRAFT = ["--draft_checkpoint_path", str(pocket.path("pocket-draft"))]
+
+
+def in_this_process(modes, job, *others):
+    """What `rotation.measure` gives, of one round."""
+    made = {mode: subject(mode, job) for mode in modes}
+    found = [{"mode": mode, "cold": None, "start": of.start(), "rounds": [{"round": 0, **of.round()}]} for mode, of in made.items()]
+    return json.loads(json.dumps(found))
+
+
+def test_with_a_draft_the_command_compares_static_and_speculative(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rotation, "measure", in_this_process)
+    output = tmp_path / "speed.json"
+    code = main([
+        "bench", *TARGET, *DRAFT, "--device", "cpu", "--rounds", "1", "--prompt_tokens", "8", "--max_new_tokens", "9",
+        "--dtype", "float32", "--speculate_k", "2", "--output", str(output),
+    ])  # fmt: skip
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, ""), err
+    assert [line.split()[0] for line in out.splitlines()] == ["mode", "static", "speculative"]
+    static, drafted = json.loads(output.read_text())
+    assert set(static) <= set(drafted) and "acceptance" not in static
+    assert drafted["acceptance"] > 0 and [k for k, _ in drafted["drafts"]] == [2] and drafted["draft_checkpoint_path"] == DRAFT[1]
 
 
 def test_the_command_measures_prints_and_writes(tmp_path, capsys):
@@ -428,6 +529,15 @@ def test_the_command_measures_prints_and_writes(tmp_path, capsys):
     (["--peer", "other"], "NAME=COMMAND"),
     (["--dtype", "int7"], "--dtype is 'int7'"),
     (["--checkpoint_path", "no/such/folder"], "no/such/folder"),
+    (["--modes", "speculative"], "speculative needs a draft: give --draft_checkpoint_path"),
+    (["--modes", ""], "--modes is ''"),
+    (["--speculate_k", "3"], "--speculate_k is for a draft"),
+    (["--draft_checkpoint_path", "x"], "give --checkpoint_path"),
+    ([*TARGET, "--draft_checkpoint_path", "no/such/draft"], "no/such/draft does not exist"),
+    ([*TARGET, "--draft_checkpoint_path", str(pocket.path("pocket-llama2"))], "the draft's tokenizer gives other ids"),
+    ([*TARGET, *DRAFT, "--modes", "static"], "is for the speculative modes"),
+    ([*TARGET, *DRAFT, "--speculate_k", "0"], "--speculate_k is 0"),
+    ([*TARGET, *DRAFT, "--modes", "speculative_int3"], "there is no mode 'speculative_int3'"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(flags, words, capsys):
     assert main(["bench", *flags]) == 2

@@ -53,10 +53,10 @@ def test_make_has_the_targets_that_the_pages_name():
 
 def test_the_table_of_commands_is_complete():
     table = README.split("| command | what it does |")[1].split("\n\n")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, re.M) == commands()
+    assert re.findall(r"^\| `([\w-]+)` \|", table, re.M) == commands()
 
 
-@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("command", ["generate", "chat", "draft-eval"])
 def test_the_table_names_all_flags(command):
     import typer
 

@@ -81,9 +81,14 @@ class Run:
         return sum(past) / len(past)
 
 
+def reach(*ks: int | None) -> int:
+    """How far beyond its last token a round can draft. There must be room, or what is there counts as a wrong guess."""
+    return max(choice for k in ks for choice in (Payoff().choices if k is ADAPTIVE else [k]))
+
+
 def check_length(n: int, ks: Sequence[int]) -> None:
     """Raises InputError where n new tokens leave no round to be timed behind the first token, a full round and one more."""
-    least = max(*ks, *Payoff().choices) + 3
+    least = reach(*ks, ADAPTIVE) + 3
     if n < least:
         raise InputError(f"--max_new_tokens is {n}: give {least} or more, so that there are rounds to measure")
 
@@ -110,7 +115,7 @@ class Lab:
         use = {} if k == PLAIN else {"draft": self.draft, "speculate_k": k, "statistics": done}
         if use:
             self.recall(len(prompts), k)
-        for row, token in fast.stream(self.model, prompts, n, seed=seed, **use, **self.options):
+        for row, token in fast.stream(self.model, prompts, n + reach(k), seed=seed, **use, **self.options):
             passes = done.target_passes if use else len(written[0])
             if passes > seen:  # the first token of a round: all of it is there
                 seen, end = passes, time.perf_counter()

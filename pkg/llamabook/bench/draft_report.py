@@ -83,7 +83,7 @@ def draw(report: dict):
     image = axes.imshow(values, cmap=colors, vmin=-reach, vmax=reach, aspect="auto")
     for y, line in enumerate(cells):
         for x, row in enumerate(line):
-            ink = "white" if abs(values[y][x]) > 0.75 * reach else COLORS["floor"]
+            ink = "white" if abs(values[y][x]) > 0.6 * reach else COLORS["floor"]
             axes.annotate(f"{row['speedup']:.2f}", (x, y), (0, 5), textcoords="offset points", ha="center", va="center",
                           color=ink, fontsize=11, fontweight="bold")  # fmt: skip
             below = f"predicted {row['predicted']:.2f}" if "predicted" in row else "its own k"

@@ -37,6 +37,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx, args):
         known = self.list_commands(ctx)
+        args = [next((name for name in known if underscores(name) == underscores(args[0])), args[0]), *args[1:]]
         if args[0] not in known:
             near = difflib.get_close_matches(args[0], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"this version has {', '.join(known)}"

@@ -43,7 +43,7 @@ def measure_draft(
 
     from llamabook import fast, pocket
     from llamabook.bench import draft_report
-    from llamabook.bench.draft import Lab, check_length, measure
+    from llamabook.bench.draft import ADAPTIVE, Lab, check_length, measure, reach
     from llamabook.bench.worker import machine, versions
     from llamabook.fast import kernels
 
@@ -54,7 +54,7 @@ def measure_draft(
     model, tokenizer = fast.load(path, dtype=asked or own, **how)
     draft = fast.load_draft(draft_path, dtype=asked_draft or asked or own, **how)
     ids = [tokenizer.encode(text, bos=True) for text in texts or beginnings(max(batch_sizes) * rounds)]
-    fast.stream(model, ids, max_new_tokens, draft=draft, speculate_k=ks[0])  # refuses what can't be, and does nothing
+    fast.stream(model, ids, max_new_tokens + reach(*ks, ADAPTIVE), draft=draft)  # refuses what can't be, and does nothing
     if place == "cpu":
         kernels.ready()  # built before anything is timed
 
