@@ -6,6 +6,7 @@
 """
 
 from llamabook.fast.engine import generate, load, load_draft, stream
-from llamabook.fast.speculative import PromptLookup, Statistics
+from llamabook.fast.speculative import PromptLookup
+from llamabook.fast.statistics import Statistics
 
 __all__ = ["PromptLookup", "Statistics", "generate", "load", "load_draft", "stream"]

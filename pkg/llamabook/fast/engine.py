@@ -16,7 +16,8 @@ from llamabook.fast.decode import Stops, compile_model, stream_rows
 from llamabook.fast.model import Transformer, from_llama
 from llamabook.fast.quantize.files import load_engine, read_quantized
 from llamabook.fast.sampling import Sampler
-from llamabook.fast.speculative import PromptLookup, Statistics, speculate_rows
+from llamabook.fast.speculative import PromptLookup, speculate_rows
+from llamabook.fast.statistics import Statistics
 from llamabook.tokenizer import has_tokenizer, load_tokenizer, tokenizer_folder
 
 __all__ = ["generate", "load", "load_draft", "stream", "weight_bytes"]
