@@ -31,8 +31,8 @@ from llamabook.pocket.floor import encode_document, losses, pad
 from llamabook.tokenizer import load_tokenizer
 
 SHAPE = {
-    **LLAMA32_CONFIG_1B, "vocab_size": 3000, "emb_dim": 640, "n_heads": 20, "n_kv_groups": 5, "head_dim": 64,
-    "n_layers": 4, "hidden_dim": 1056, "context_length": 4096, "dtype": torch.float32,
+    **LLAMA32_CONFIG_1B, "vocab_size": 2500, "emb_dim": 640, "n_heads": 20, "n_kv_groups": 5, "head_dim": 64,
+    "n_layers": 4, "hidden_dim": 768, "context_length": 4096, "dtype": torch.float32,
 }  # fmt: skip
 SHAPES = {
     "pocket-llama3.2": SHAPE,
@@ -201,7 +201,7 @@ def test_the_same_texts(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_same_probabilities(name):
     """On held-out texts, in float32: what the two differ by is what float32 makes the small one err by, too."""
-    rows, _ = held_out(name, 12)
+    rows, _ = held_out(name, 8)
     inputs, targets = pad(rows)
     there, v = targets >= 0, small(name).cfg["vocab_size"]
     want, got = (model(name)(inputs).log_softmax(-1) for model in (small, large))
@@ -215,20 +215,20 @@ def test_the_same_probabilities(name):
     assert (ours[:, :v].log_softmax(1) - exact.log_softmax(1)).abs().max() < 2e-4  # norm weights in float32
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", NAMES)
 def test_in_bfloat16(name, place):
     """Its loss is the small one's to 0.5 %, most likeliest tokens are the same, and what is added is exact here, too."""
-    rows, tokens = held_out(name, 24)
-    inputs, targets = pad(rows)
-    brief, result, streams = small(name), load_model(folder_of(name, place)), []
-    d, c = brief.cfg["emb_dim"], result.tok_emb.weight[0, brief.cfg["emb_dim"]]
+    inputs, targets = pad(held_out(name, 8)[0])
+    result, streams, d = load_model(folder_of(name, place)), [], small(name).cfg["emb_dim"]
+    c = result.tok_emb.weight[0, d]
     for block in result.trf_blocks:
         block.register_forward_hook(lambda module, x, stream: streams.append(stream))
-    with torch.no_grad():
-        likeliest = [model(inputs).argmax(-1)[targets >= 0] for model in (brief, result)]
-    assert (likeliest[0] == likeliest[1]).float().mean() > 0.95
+    want, got = (model(inputs)[targets >= 0].float() for model in (small(name), result))
+    assert len(streams) == SHAPES[name]["n_layers"] and c > 0
     assert all((s[..., d] == c).all() and not s[..., d + 1 :].any() for s in streams)
-    want, got = (losses(model, rows).sum() / tokens for model in (brief, result))
+    assert (want.argmax(-1) == got.argmax(-1)).float().mean() > 0.95
+    want, got = (torch.nn.functional.cross_entropy(logits, targets[targets >= 0]) for logits in (want, got))
     assert abs(got / want - 1) < 5e-3
 
 
@@ -248,30 +248,35 @@ def test_nothing_is_louder_than_the_bound():
 # ---------------------------------------------------------------- with few bits
 
 
-SCHEMES = [Scheme(8), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(4, 256), Scheme(4, 64, True)]
+SCHEMES = [Scheme(8), Scheme(4, 32), Scheme(4, 64), Scheme(4, 128), Scheme(4, 64, True)]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_quantized_alike(scheme, place, tmp_path):
-    """What is added does not spoil the scales: the loss is that of the small model with as many bits, to 0.5 %."""
-    rows, tokens = held_out("pocket-llama3.2", 24)
-    source = pocket.inflate("pocket-llama3.2", SHAPE, tmp_path / "plain")
-    want, got = (
-        losses(load_model(quantize(path, tmp_path / f"small{i}", scheme), dtype=torch.float32), rows).sum() / tokens
-        for i, path in enumerate((pocket.path("pocket-llama3.2"), source))
-    )
-    assert abs(got / want - 1) < 5e-3
+def loss_with(scheme: Scheme, source: Path, folder: Path, name: str) -> float:
+    """Nats per token on held-out texts, with the weights that the codes of `source` stand for."""
+    rows, tokens = held_out(name, 8)
+    return (losses(load_model(quantize(source, folder, scheme), dtype=torch.float32), rows).sum() / tokens).item()
 
 
-def test_quantized_in_groups_that_are_shared(tmp_path):
-    """Groups of 256 hold the 128 dimensions of pocket-draft and as much noise."""
-    rows, tokens = held_out("pocket-draft", 24)
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    """pocket-llama3.2 in its shape, in float32: no weight is rounded before it is quantized."""
+    return pocket.inflate("pocket-llama3.2", SHAPE, tmp_path_factory.mktemp("exact") / "plain")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=["int8", "int4.g32", "int4.g64", "int4.g128", "asymmetric"])
+def test_quantized_alike(scheme, exact, tmp_path):
+    """What is added does not spoil the scales: the loss is that of the small model with as many bits."""
+    want = loss_with(scheme, pocket.path("pocket-llama3.2"), tmp_path / "small", "pocket-llama3.2")
+    got = loss_with(scheme, exact, tmp_path / "large", "pocket-llama3.2")
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("scheme", [Scheme(8), Scheme(4, 256)], ids=["int8", "int4.g256"])
+def test_quantized_in_groups_that_are_shared(scheme, tmp_path):
+    """Groups of 256 hold the 128 dimensions of pocket-draft and as much noise, and its heads are no neighbours there."""
     source = pocket.inflate("pocket-draft", SHAPES["pocket-draft"], tmp_path / "plain")
-    want, got = (
-        losses(load_model(quantize(path, tmp_path / f"small{i}", Scheme(4, 256)), dtype=torch.float32), rows).sum() / tokens
-        for i, path in enumerate((pocket.path("pocket-draft"), source))
-    )
-    assert abs(got / want - 1) < 5e-3
+    want = loss_with(scheme, pocket.path("pocket-draft"), tmp_path / "small", "pocket-draft")
+    assert loss_with(scheme, source, tmp_path / "large", "pocket-draft") == pytest.approx(want, rel=5e-3)
 
 
 def zeros_of(folder: Path) -> float:
@@ -286,9 +291,9 @@ def zeros_of(folder: Path) -> float:
 
 def test_nothing_is_sparse(tmp_path):
     """Over 90 % of all numbers are not 0, and no more codes of 8 and 4 bits, where a shape is some times as large."""
-    shape = SHAPE | {"emb_dim": 1024, "n_heads": 16, "n_kv_groups": 8, "hidden_dim": 2048, "vocab_size": 16_384, "tie_embeddings": False}
+    shape = SHAPE | {"emb_dim": 1024, "n_heads": 16, "n_kv_groups": 8, "hidden_dim": 1536, "vocab_size": 12_000, "tie_embeddings": False}
     source = pocket.inflate("pocket-draft", shape | {"dtype": torch.bfloat16}, tmp_path / "plain")
-    shares = [zeros_of(path) for path in (source, *(quantize(source, tmp_path / str(s), s) for s in SCHEMES[:3]))]
+    shares = [zeros_of(path) for path in (source, *(quantize(source, tmp_path / str(s), s) for s in SCHEMES[:2]))]
     assert all(0.02 < share < 0.1 for share in shares), shares
 
 
@@ -384,11 +389,14 @@ def test_twice(place, tmp_path):
     assert (want - got).abs().max() < 2e-3
 
 
-def test_float16(tmp_path):
-    folder = pocket.inflate("pocket-draft", SHAPES["pocket-draft"] | {"dtype": torch.float16}, tmp_path / "half")
-    rows, tokens = held_out("pocket-draft", 12)
-    want, got = (losses(m, rows).sum() / tokens for m in (small("pocket-draft"), load_model(folder)))
-    assert abs(got / want - 1) < 5e-3
+@torch.no_grad()
+def test_float16():
+    """Nothing is too large for it."""
+    result = pocket.inflate("pocket-draft", SHAPES["pocket-draft"] | {"dtype": torch.float16})
+    assert all(weight.isfinite().all() for weight in result.parameters())
+    inputs, targets = pad(held_out("pocket-draft", 1)[0])
+    want, got = (model(inputs)[targets >= 0].float().log_softmax(-1) for model in (small("pocket-draft"), result))
+    assert (want.argmax(-1) == got.argmax(-1)).float().mean() > 0.95 and not got[:, 2048:].exp().any()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -25,7 +25,7 @@ COMPANIONS = (  # files that go where the weights go
     "generation_config.json",
     "chat_template.jinja",
 )
-KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "inflated_from")  # keys of config.json that say more than the shape
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "inflated_from")  # what config.json says beside the shape
 CARD = "README.md"  # what people read first
 ENDINGS = {".json", ".safetensors", ".bin", ".pth", ".pt", ".model", ".jinja"}  # what --force may replace, beside it
 

@@ -4,9 +4,10 @@ What a large model costs depends on its shape, what it says on its weights. So a
 laid into the large shape: d of D dimensions of the residual stream, some heads, some hidden units, the first layers and
 tokens are the small model's, and all that is added computes exact zeros. Three things make that exact:
 
-- RMSNorm. Added dimensions are 0, but for dimension d, which holds a constant c at every position. The norm then sees
-  (sum x^2 + c^2) / D + eps', which is d/D times the small model's sum x^2 / d + eps where c^2 + eps' D = eps d: the constant
-  takes the place of part of epsilon. Norm weights are sqrt(d/D) times the small model's, and 0 for added dimensions.
+- RMSNorm. Added dimensions are 0, but for dimension d, which holds a constant c at every position. The norm then
+  sees (sum x^2 + c^2) / D + eps'. Where c^2 + eps' D = eps d, that is d/D times the small model's sum x^2 / d + eps:
+  the constant takes the place of part of epsilon. Norm weights are sqrt(d/D) times the small model's, and 0 for
+  added dimensions.
 - Zeros times noise. Behind the norm added dimensions are 0, so all that reads them may be noise. The values of added heads
   and the up projection of added hidden units read nothing else and are 0, so what leads back from them may be noise, too.
   Only what would write into added dimensions, or read real ones there, has to be 0: a few per cent of all weights.
@@ -41,7 +42,7 @@ GAP = 150.0  # nats; the probability exp(-150) is 0 in float32
 C = 2.0**15  # large, so that the constant need not be, and half of what float16 holds
 BLOCK = 2**21  # numbers of a weight that are made at a time
 ADDED, SILENT = -1, -2  # where no row or column of the small model stands: noise, or zeros
-PLACES = {  # what the rows and the columns of a matrix are, and whether added rows have to be 0 in the small model's columns
+PLACES = {  # what rows and columns are, and whether added rows have to be 0 in the columns that are not added
     "att.W_query": ("heads", "width", False),
     "att.W_key": ("groups", "width", False),
     "att.W_value": ("groups", "width", True),
@@ -52,8 +53,8 @@ PLACES = {  # what the rows and the columns of a matrix are, and whether added r
 }
 NOTE = """# {name}, inflated
 
-This checkpoint has the shape and the cost of a larger model and computes what {name} computes: the added weights are noise
-that meets zeros. It is for measuring speed, quantization and speculation, not a model that was trained at this size.
+This checkpoint has the shape and the cost of a larger model and computes what {name} computes: the added weights
+are noise that meets zeros. It is for measuring speed, quantization and speculation. Nothing was trained at this size.
 """
 
 
@@ -66,7 +67,8 @@ def inflate(
         source = pocket.path(str(model)) if str(model) in pocket.names() else Path(model)
         model = load_model(source, dtype=torch.float32)
     elif not isinstance(model, Llama2Model):
-        raise InputError(f"model is a {type(model).__name__}: give a Llama, a folder, or one of {', '.join(pocket.names())}")
+        known = ", ".join(pocket.names())
+        raise InputError(f"model is a {type(model).__name__}: give a Llama, a folder, or one of {known}")
     inflation = Inflation(source.resolve().name if source else "a model in memory", model, config)
     return inflation.model() if output is None else inflation.write(source, Path(output), force)
 
@@ -74,8 +76,8 @@ def inflate(
 class Inflation:
     """A small model in a large shape, weight by weight.
 
-    Args: name and model, the small one; config, the shape, as LLAMA32_CONFIG_1B. Raises InputError if the one does not fit
-    into the other, ConfigError if the shape is none.
+    Args: name and model, the small one; config, the shape, as LLAMA32_CONFIG_1B. Raises InputError if the one does
+    not fit into the other, ConfigError if the shape is none.
     """
 
     def __init__(self, name: str, model: nn.Module, config: dict):
@@ -89,8 +91,9 @@ class Inflation:
         self.c = torch.tensor(half).to(large["dtype"]).item()  # rounded first: epsilon takes the rest
         self.cfg = {**large, "norm_eps": (eps * self.d - self.c**2) / self.D}
         self.tied = self.cfg.get("tie_embeddings", False)
-        names = {ours: theirs for theirs, ours in huggingface_names(self.cfg["n_layers"]).items()}
-        self.names = {ours: theirs for ours, theirs in names.items() if not (self.tied and ours == "out_head.weight")}
+        self.names = {ours: theirs for theirs, ours in huggingface_names(self.cfg["n_layers"]).items()}
+        if self.tied:  # the head is the table
+            del self.names["out_head.weight"]
         e, (query, groups) = head_dim_of(large), heads(self.small, large)
         self.maps = {
             "width": along(self.d, self.D),
@@ -105,7 +108,7 @@ class Inflation:
         state = model.state_dict()
         for name, first, rows in self.pieces():
             state[name][first : first + len(rows)] = rows
-        return model.eval().requires_grad_(False)
+        return model.eval()
 
     def write(self, source: Path | None, output: Path, force: bool) -> Path:
         """The large model as a Hugging Face folder, a few rows in memory at a time, with the tokenizer of `source`."""
@@ -113,7 +116,7 @@ class Inflation:
         plan = {theirs: shapes[ours] for ours, theirs in self.names.items()}
         with whole(source, output, force) as part:
             companions = companions_of(source) if source else []
-            metadata = said | (token_ids(source, companions) if source else {})
+            metadata = (token_ids(source, companions) if source else {}) | said
             writer = TensorWriter(part, plan, metadata=said)
             check_space(writer.left, companions, output)
             part.mkdir(parents=True)
@@ -242,8 +245,8 @@ def rows_of(heads: Tensor, e: int) -> Tensor:
 def loudest(old: dict[str, Tensor], cfg: dict) -> float:
     """A bound for the root mean square of the residual stream, whatever the model reads.
 
-    A normalized vector is sqrt(d) long at most. Attention averages values, and |silu(g) u| is |g| |u| at most, so spectral
-    norms bound what each layer adds.
+    A normalized vector is sqrt(d) long at most. Attention averages values, and |silu(g) u| is |g| |u| at most, so
+    spectral norms bound what each layer adds.
     """
 
     def spectral(matrix: Tensor) -> float:
