@@ -52,7 +52,7 @@ class Payoff:
         self.draft_times = deque(maxlen=self.SAMPLES)  # seconds a drafted token
 
     def note(self, k: int, tried: int, kept: int, draft_seconds: float, check_seconds: float) -> None:
-        """Remember a round that drafted k tokens a row; tried, kept: of all rows, to their first rejections."""
+        """Remember a round that drafted k tokens a row; tried, kept: of all rows."""
         self.acceptance.note(tried, kept)
         self.times[k + 1].append(check_seconds)
         self.since_plain = self.since_plain + 1 if k else 0
@@ -110,10 +110,12 @@ def middle(seconds) -> float:
 def seconds_of(times: dict, tokens: int) -> float:
     """Seconds to check `tokens` a row: measured, or between what fewer and more took.
 
-    For more tokens than ever were checked it says what the most took, so that they will be tried.
+    For fewer than any check had it says a plain step, for more what the largest took: so that they are tried.
     """
     known = [n for n in times if times[n]]
     fewer = max((n for n in known if n <= tokens), default=min(known))
     more = min((n for n in known if n >= tokens), default=fewer)
     least, most = middle(times[fewer]), middle(times[more])
+    if fewer == 1:
+        return least
     return least + (most - least) * (tokens - fewer) / max(more - fewer, 1)
