@@ -63,7 +63,7 @@ NAMES = ["a like one", "itself", "itself in int8", "another", "of fewer tokens",
 
 @pytest.fixture(scope="module")
 def plain(target):
-    return fast.generate(target, PROMPTS, 500), [fast.generate(target, [prompt], 500)[0] for prompt in PROMPTS]
+    return fast.generate(target, PROMPTS, 500), *fast.generate(target, PROMPTS[2:3], 500)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -71,8 +71,7 @@ def test_greedy_text_is_the_plain_one(target, drafts, plain, name):
     statistics = fast.Statistics()
     for k in (1, 7, None) if name == "a like one" else (4,):
         assert fast.generate(target, PROMPTS, 500, draft=drafts[name], speculate_k=k, statistics=statistics) == plain[0]
-    assert fast.generate(target, PROMPTS[1:2], 500, draft=drafts[name], speculate_k=5) == plain[1][1:2]
-    assert fast.generate(target, PROMPTS[2:3], 500, draft=drafts[name], speculate_k=2) == plain[1][2:3]
+    assert fast.generate(target, PROMPTS[2:3], 500, draft=drafts[name], speculate_k=5) == [plain[1]]
     if name in ("a like one", "itself", "itself in int8"):
         assert statistics.acceptance > 0.3  # or the test would prove little
     if "look-up" in name:
@@ -217,7 +216,7 @@ TWO = [("any", "zero in q", 1), ("any", "zero in q", 2), (ON, OFF, 2)]  # distri
 @pytest.mark.parametrize("name", WRONG_RULES)
 def test_wrong_rules_are_noticed(name):
     wrong = mutant("accept", *WRONG_RULES[name])
-    assert min(p_value(two_tokens(wrong, *case), two_chances(*case)) for case in TWO) < 1e-9
+    assert any(p_value(two_tokens(wrong, *case), two_chances(*case)) < 1e-9 for case in TWO)
 
 
 @pytest.mark.parametrize("case", TWO)
@@ -255,14 +254,14 @@ SMALL = {"vocab_size": 5, "context_length": 16, "emb_dim": 16, "n_heads": 2, "n_
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.7, "top_k": 4}, {"temperature": 1.3, "top_p": 0.85, "min_p": 0.05}])
 @pytest.mark.parametrize("kind", ["another", "of fewer tokens", "look-up"])
 def test_texts_of_the_engine(settings, kind):
-    """All of it at once: 20 000 rows of four tokens, against the product of what the target says of each."""
+    """All of it at once: 10 000 rows of four tokens, against the product of what the target says of each."""
     model = from_llama(llama(size=1.0, **SMALL))
     draft = {
         "another": from_llama(llama(seed=5, size=1.0, **SMALL)),
         "of fewer tokens": from_llama(llama(seed=5, size=1.0, **{**SMALL, "vocab_size": 3})),
         "look-up": fast.PromptLookup(2, 1),
     }[kind]
-    prompt, rows, statistics = [0, 1, 2, 0, 1], 20_000, fast.Statistics()
+    prompt, rows, statistics = [0, 1, 2, 0, 1], 10_000, fast.Statistics()
     drawn = fast.generate(model, [prompt] * rows, 4, seed=0, draft=draft, speculate_k=3, statistics=statistics, **settings)
     texts = torch.cartesian_prod(*[torch.arange(5)] * 4)  # all 625
     whole = torch.cat([torch.tensor([prompt]).expand(625, -1), texts], 1)
@@ -283,9 +282,10 @@ def test_a_row_is_the_same_alone(target, drafts):
     """With a fixed k, whatever is drawn beside it, and however many its neighbours accept."""
     settings = {"temperature": 0.8, "top_k": 40, "speculate_k": 3}
     for draft in (drafts["a like one"], drafts["eager look-up"]):
-        together = fast.generate(target, PROMPTS, 80, draft=draft, seed=11, **settings)
-        for row, prompt in enumerate(PROMPTS):
-            assert fast.generate(target, [prompt], 80, draft=draft, seed=11 + row, **settings) == [together[row]]
+        for seed in (11, 20, 30):
+            together = fast.generate(target, PROMPTS, 41, draft=draft, seed=seed, **settings)
+            for row, prompt in enumerate(PROMPTS):
+                assert fast.generate(target, [prompt], 41, draft=draft, seed=seed + row, **settings) == [together[row]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -409,15 +409,18 @@ def test_expected_tokens():
     assert predicted_speedup(0.8, 4, 0.1, 1.3) == pytest.approx((1 - 0.8**5) / (0.2 * 1.7))
 
 
-def run(choices, alpha, check, draft, tokens=3000, seed=0):
-    """A Payoff on a machine whose seconds are known: (its seconds a token, the least possible, plain's, its choices)."""
+def run(choices, alpha, check, draft, tokens=3000, seed=0, speeds=(1,)):
+    """A Payoff on a machine whose seconds are known: (its seconds a token, the least possible, plain's, its choices).
+
+    speeds: of the machine, of which it takes another one every 45 rounds; seconds a token are then those of speed 1.
+    """
     g, one, made, seconds, chosen = torch.Generator().manual_seed(seed), Payoff(choices), 0, 0.0, []
     while made < tokens:
-        k = one.choose()
+        k, speed = one.choose(), speeds[len(chosen) // 45 % len(speeds)]
         chosen.append(k)
         right = (torch.rand(k, generator=g) < alpha).long().cumprod(0).sum().item()
         noise = 1 + 0.1 * torch.rand(1, generator=g).item()
-        one.note(k, min(right + 1, k), right, k * draft * noise, check(k + 1) * noise)
+        one.note(k, min(right + 1, k), right, k * draft * noise / speed, check(k + 1) * noise / speed)
         made, seconds = made + right + 1, seconds + (k * draft + check(k + 1)) * noise
     best = min((k * draft + check(k + 1)) / expected_tokens(alpha, k) for k in (0, *choices))
     return seconds / made, 1.05 * best, 1.05 * check(1), chosen
@@ -437,6 +440,18 @@ def test_the_choice_is_nearly_the_best(alpha, machine, draft):
     assert pace < 1.08 * best
     assert pace < 1.04 * plain
     if best > 0.999 * plain:
+        assert chosen.count(0) > 0.9 * len(chosen)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 0.7])
+def test_a_machine_of_changing_speed(alpha):
+    """What was measured at one speed is not mixed up with what is measured at another: a useless draft stays unused."""
+    def check(n):
+        return 1 + 0.07 * (n + 1) * (n > 1)
+
+    pace, best, plain, chosen = run(range(1, 8), alpha, check, 0.02, speeds=(1, 2, 1.4))
+    assert pace < 1.05 * plain and pace < 1.1 * best
+    if not alpha:
         assert chosen.count(0) > 0.9 * len(chosen)
 
 

@@ -44,7 +44,8 @@ class Payoff:
     """
 
     SAMPLES = 5  # seconds of each kind that are kept
-    REFRESH = 64  # rounds, after which plain decoding is measured again
+    REFRESH = 8, 64  # rounds, after which plain decoding is measured again: where little is gained, or much
+    LITTLE, MUCH = 1.03, 1.2  # times plain decoding: up to here it is not worth it, from here beyond doubt
 
     def __init__(self, choices=range(1, 8)):
         self.choices, self.acceptance, self.pause, self.since_plain = list(choices), Acceptance(), Pause(), 0
@@ -67,12 +68,14 @@ class Payoff:
 
     def choose(self) -> int:
         """How many tokens the next round should draft."""
-        if len(self.times[1]) < 2 or self.since_plain >= self.REFRESH or self.pause.goes_on():
+        if len(self.times[1]) < 2 or self.pause.goes_on():
             return 0
         if len(self.times) == 1:
             return self.choices[len(self.choices) // 3]  # a middling one, to begin with
         best = max(self.choices, key=self.speedup)
-        return 0 if self.pause.begins(self.speedup(best) <= 1, self.acceptance.tried) else best
+        gain = self.speedup(best)
+        old = self.since_plain >= self.REFRESH[gain > self.MUCH]
+        return 0 if old or self.pause.begins(gain <= self.LITTLE, self.acceptance.tried) else best
 
 
 class Pause:
