@@ -52,7 +52,14 @@ def test_the_published_speeds(size, num_gpus):
 
 def test_most_published_speeds_are_within_a_fifth():
     close = [abs(1 / gpt_fast(*key).seconds / published - 1) <= 0.2 for key, (published, _) in PUBLISHED.items()]
-    assert sum(close) == 6 and not close[3]  # 7B on eight: a promise of the command's last line, too
+    assert sum(close) == 6 and not close[3]  # 7B on eight; the command's last line says so, too
+
+
+@pytest.mark.parametrize("precision, published, error", [("bf16", 76.33, 14.5), ("int8", 101.86, 29.1)])
+def test_another_maker(precision, published, error):
+    """gpt-fast's rows for one die of an MI250X: no constant is theirs, and the A100's efficiency is too much to expect."""
+    predicted = 1 / gpt_fast(7, 1, PRECISIONS[precision], GPUS["mi250x"]).seconds
+    assert 100 * (predicted / published - 1) == pytest.approx(error, abs=0.1)
 
 
 @pytest.mark.parametrize("size, precision, published", ONE_GPU)
@@ -268,7 +275,7 @@ def test_splits_that_work(H, G):
     ({"num_gpus": 3}, r"3 GPUs can't split this shape \(32 heads, 32 KV heads, hidden width 11008\): use 1, 2, 4, 8, 16 or 32"),
     ({"num_gpus": 64, "gpus_per_node": 64}, "64 GPUs can't split.*use 1, 2, 4, 8, 16 or 32"),
     ({"num_gpus": 16, "precision": PRECISIONS["int4"]}, r"groups of 32 columns\): use 1, 2, 4 or 8"),
-    ({"num_gpus": 12}, "12 GPUs don't fill nodes of 8: give a multiple"),
+    ({"num_gpus": 12}, "12 GPUs fill no nodes of 8: give a multiple"),
     ({"num_gpus": 0}, "num_gpus is 0: give 1 or more"),
     ({"gpus_per_node": -1}, "gpus_per_node is -1"),
     ({"batch_size": 0}, "batch_size is 0"),
@@ -307,7 +314,7 @@ def test_the_command(cli):
     assert [row[0] for row in rows] == ["1", "2", "4", "8", "16", "32"]
     assert [row[2] for row in rows] == ["no", "no", "no", "no", "yes", "yes"]
     assert rows[4][3:5] == [f"{1e3 * plan.seconds:.2f}", f"{4 / plan.seconds:.1f}"]
-    assert out.splitlines()[-1].startswith("Foretold from data sheets")
+    assert out.endswith("A100s, six came out within 20 %.\n")  # as test_most_published_speeds_are_within_a_fifth counts
 
 
 def test_what_does_not_fit(cli):

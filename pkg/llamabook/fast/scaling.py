@@ -1,8 +1,10 @@
 """How fast a Llama decodes on several GPUs, foretold from data sheets. Written by hand.
 
-A step of tensor parallelism reads its share of the weights and of the cache, runs the kernels of all layers one after
-the other, and adds partial sums up over all GPUs twice a layer. Each of these has a price that was known before:
-bytes over bandwidth, so many kernels, so many all-reduces. What is on no data sheet comes from runs on one GPU.
+With tensor parallelism, a GPU's step reads its cut of the weights and of the cache, runs the kernels of all
+layers one after the other, and adds partial sums up over all GPUs, twice a layer. Each has a price that is
+known before: bytes over bandwidth, so many kernels, so many all-reduces. What is on no data sheet comes from
+published runs on one GPU, from NCCL's own model of an all-reduce, or is counted on paper. Nothing is fitted to
+runs on several GPUs, so these can judge it.
 """
 
 import math
@@ -14,7 +16,7 @@ from llamabook.llama2 import head_dim_of
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet. GB are 10^9 bytes; link and network: GB/s that one GPU sends, in one direction."""
+    """A GPU by its data sheet. A GB is 10^9 bytes; link and network: GB/s that one GPU sends, one way."""
 
     name: str
     memory: float  # GB
@@ -25,9 +27,9 @@ class Gpu:
     network: float  # GB/s to other nodes
 
 
-# From the makers' data sheets; network: one card for each GPU, as fast as in the makers' own servers (DGX, HGX, Frontier);
-# for the last two 100 Gb/s are assumed. An MI250X is two GPUs to a program; this is one of them. GPUs on PCIe
-# that may not read each other's memory (GeForce) go through the host's, which costs more than NCCL's model says.
+# From the makers' data sheets. network: what a GPU has for itself in DGX, HGX and Frontier; for the last two
+# 100 Gb/s are assumed. An MI250X is two GPUs to a program; this is one of them.
+# GPUs on PCIe that may not read each other's memory (GeForce) go through the host's, and pay more than this.
 GPUS = {
     "a100": Gpu("A100 SXM 80 GB", 80, 2039, 312, 300, "nvlink", 25),
     "h100": Gpu("H100 SXM", 80, 3350, 989, 450, "nvlink", 50),
@@ -44,7 +46,7 @@ GPUS = {
 class Precision:
     """What a weight of the matrices takes, and how well kernels for it use the memory.
 
-    efficiency: the share of the data sheet's bandwidth that decoding reached on one GPU, kernels' fixed price aside.
+    efficiency: of the data sheet's bandwidth, what decoding reached on one GPU beside the kernels' price.
     group: so many columns share a scale and can't be cut apart; 1 where none do.
     """
 
@@ -53,17 +55,22 @@ class Precision:
     group: int = 1
 
 
-# The efficiencies solve gpt-fast's rows for one A100 (its README): Llama 2 7B at 104.9, 155.6 and 196.8 tokens/s in
-# bf16, int8 and int4, 70B at 19.1 and 25.3 in int8 and int4. Its int4 takes 4 bits, and a scale and a zero for 32.
-PRECISIONS = {"bf16": Precision(2, 0.84), "int8": Precision(1, 0.70), "int4": Precision(0.5 + 2 / 32, 0.59, 32)}
-KERNEL = 5e-6  # seconds that a kernel takes beside reading: start, ramp, drain. From the same rows: 55 us a layer
+# The efficiencies and KERNEL solve gpt-fast's rows for one A100 (its README): seconds = bytes / (efficiency *
+# bandwidth) + layers * KERNELS * KERNEL. Llama 2 7B made 104.9, 155.58 and 196.80 tokens/s in bf16, int8 and
+# int4, 70B 19.13 and 25.25 in int8 and int4. The two int8 rows give 55 us a layer, the two int4 rows 49.
+PRECISIONS = {
+    "bf16": Precision(2, 0.84),
+    "int8": Precision(1, 0.70),
+    "int4": Precision(0.5 + 2 / 32, 0.59, 32),  # 32 weights share a scale in bf16
+}
 KERNELS = 11  # of a layer: norm, qkv, rotation and cache, scores, softmax, values, out; norm, w1, w3, w2
-AROUND = 2  # kernels' prices around an all-reduce: the copy that it sums in, and crossing to NCCL's stream and back
+KERNEL = 5e-6  # seconds that each takes beside reading: to start, to get going, to drain
+AROUND = 2  # such prices around an all-reduce: the copy that it sums in, and to NCCL's stream and back
 CACHE_BYTES = 2  # of a number in the cache, which stays bf16
 
-# NCCL's own model of a tree all-reduce (src/graph/tuning.cc, 2.18 to 2.28), by protocol: seconds to start, seconds
-# a hop by what is crossed, and the share of the links' bandwidth. LL sends a flag with every word; LL128, one with
-# every 128 bytes, needs links that keep these together; Simple sends blocks.
+# NCCL's own model of a tree all-reduce (src/graph/tuning.cc, as of 2.28), by protocol: seconds to start,
+# seconds a hop by what is crossed, and the share of the links' bandwidth. LL sends a flag with every word;
+# LL128 sends one with every 128 bytes and needs links that keep them together; Simple sends blocks.
 PROTOCOLS = {
     "LL": (6.8e-6, {"nvlink": 0.6e-6, "pcie": 1.0e-6, "network": 5.0e-6}, 1 / 3.8),
     "LL128": (14.0e-6, {"nvlink": 1.25e-6, "network": 8.5e-6}, 7 / 9),
@@ -72,7 +79,7 @@ PROTOCOLS = {
 
 
 def sizes_that_work(cfg: dict, precision: Precision) -> list[int]:
-    """Over how many GPUs this shape can be split: whole heads, whole groups of columns, KV heads shared or repeated."""
+    """How many GPUs can split a shape: whole heads and groups of columns, KV heads whole or repeated."""
     H, G, F = cfg["n_heads"], cfg["n_kv_groups"], cfg["hidden_dim"]
     by_row = (H * head_dim_of(cfg), F)  # the matrices that are cut along their columns
     return [
@@ -83,10 +90,10 @@ def sizes_that_work(cfg: dict, precision: Precision) -> list[int]:
 
 
 def all_reduce_time(gpu: Gpu, num_gpus: int, gpus_per_node: int, size: float) -> tuple[float, float]:
-    """Seconds to add `size` bytes up over all GPUs: latency, and what the bytes take, of NCCL's fastest protocol.
+    """Seconds to add `size` bytes up over all GPUs: latency and transfer, with NCCL's fastest protocol.
 
-    In a node the sum walks along a chain of GPUs, between nodes up a tree, and then all the way back, so each byte
-    takes half of the bandwidth. Between nodes, each GPU of a node has a network card of its own.
+    In a node the sum walks along a chain of GPUs, between nodes up a tree, and then all the way back, so it
+    has half of the bandwidth. Between nodes, the GPUs of a node share their network cards.
     """
     if num_gpus == 1:
         return 0.0, 0.0
@@ -104,8 +111,8 @@ def all_reduce_time(gpu: Gpu, num_gpus: int, gpus_per_node: int, size: float) ->
 class Plan:
     """A Llama of configuration cfg, split over GPUs by tensor parallelism, and decoding.
 
-    context: tokens of each text, all in the cache. split_vocabulary: embedding and head are cut, too; gpt-fast leaves
-    them whole. Raises InputError for a split that can't be.
+    context: tokens of each text, all in the cache. split_vocabulary: embedding and head are cut, too;
+    gpt-fast leaves them whole. Raises InputError for a split that can't be.
     """
 
     cfg: dict
@@ -122,7 +129,7 @@ class Plan:
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"{name} is {value}: give 1 or more")
         if self.num_gpus > self.gpus_per_node and self.num_gpus % self.gpus_per_node:
-            raise InputError(f"{self.num_gpus} GPUs don't fill nodes of {self.gpus_per_node}: give a multiple")
+            raise InputError(f"{self.num_gpus} GPUs fill no nodes of {self.gpus_per_node}: give a multiple")
         check_split(self.cfg, self.num_gpus, self.precision)
 
     @property
@@ -132,22 +139,23 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Beside what is counted, a GPU keeps a few % above its data sheet's GB, for the program and activations."""
+        """By the data sheet's GB; the few % that a GPU has above are for the program and activations."""
         return sum(memory(self).values()) <= 1e9 * self.gpu.memory
 
 
 def check_split(cfg: dict, num_gpus: int, precision: Precision) -> None:
     """Raise InputError, with the numbers that would work, if this shape can't be split over so many GPUs."""
     if num_gpus not in (sizes := sizes_that_work(cfg, precision)):
-        heads = f"{cfg['n_heads']} heads, {cfg['n_kv_groups']} KV heads, hidden width {cfg['hidden_dim']}"
+        H, G, F = cfg["n_heads"], cfg["n_kv_groups"], cfg["hidden_dim"]
         groups = f", groups of {precision.group} columns" if precision.group > 1 else ""
+        heads = f"{H} heads, {G} KV heads, hidden width {F}{groups}"
         known = ", ".join(map(str, sizes[:-1])) + " or " * (len(sizes) > 1) + str(sizes[-1])
-        raise InputError(f"{num_gpus} GPUs can't split this shape ({heads}{groups}): use {known}")
+        raise InputError(f"{num_gpus} GPUs can't split this shape ({heads}): use {known}")
 
 
 def weights(plan: Plan) -> dict[str, float]:
-    """Numbers that one GPU holds: of its cut of the layers' matrices, of KV heads that other GPUs hold too, of the
-    head (as of the embedding), and of the norms.
+    """How many numbers one GPU holds: its cut of the layers' matrices; KV heads that other GPUs hold as well;
+    the head, which is as large as the embedding; the norms.
     """
     cfg, n = plan.cfg, plan.num_gpus
     L, D, F, H, G = (cfg[key] for key in ("n_layers", "emb_dim", "hidden_dim", "n_heads", "n_kv_groups"))
@@ -185,8 +193,8 @@ def cache_per_token(plan: Plan) -> float:
 def step_terms(plan: Plan) -> dict[str, float]:
     """Seconds of one step on each GPU, by cause; they add up.
 
-    compute: what multiplying takes longer than reading, in large batches. latency, links: of the all-reduces, two a
-    layer, and with a cut vocabulary three more, for the embedding, the logits and the token that was drawn.
+    compute: what multiplying takes longer than reading, in large batches. latency, links: of the all-reduces,
+    two a layer, and with a cut vocabulary three more, for embedding, logits and the token that was drawn.
     """
     gpu, held, B, L = plan.gpu, weights(plan), plan.batch_size, plan.cfg["n_layers"]
     read = held["layers"] + held["repeated"] + held["head"]
