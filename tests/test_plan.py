@@ -145,6 +145,8 @@ def test_what_is_held_more_than_once():
     once, twice = (memory(Plan(TINY, A100, n, context=7)) for n in (2, 4))
     norms, d, G = 7 * 24, 10, 2
     assert once["replicated"] == 2 * norms
+    reading = step_terms(Plan(TINY, A100, 4))["weights"] * 2039e9 * 0.84
+    assert reading == pytest.approx(twice["weights"] + twice["replicated"] - 2 * norms - 2 * 13 * 24)  # but the embedding
     assert twice["replicated"] == 2 * (norms + 3 * 2 * 24 * d * (1 - G / 4))  # half of one KV head's keys and values
     assert once["cache"] == twice["cache"] == 7 * 2 * 3 * 1 * d * 2  # one KV head in three layers, in bf16
     whole = memory(Plan(TINY, A100, 2, context=7, split_vocabulary=False))

@@ -98,12 +98,12 @@ def all_reduce_time(gpu: Gpu, num_gpus: int, gpus_per_node: int, size: float) ->
     if num_gpus == 1:
         return 0.0, 0.0
     here, nodes = min(num_gpus, gpus_per_node), -(-num_gpus // gpus_per_node)
-    links = ([gpu.link] if here > 1 else []) + ([here * gpu.network] if nodes > 1 else [])
+    bus = 1e9 * (gpu.link if nodes == 1 else min(gpu.link, here * gpu.network))
     found = []
     for start, hops, share in PROTOCOLS.values():
         if gpu.hop in hops:
             along, up = (here - 1) * hops[gpu.hop], math.ceil(math.log2(nodes)) * hops["network"]
-            found.append((start + 2 * (along + up), 2 * size / (share * min(links) * 1e9)))
+            found.append((start + 2 * (along + up), 2 * size / (share * bus)))
     return min(found, key=sum)
 
 
