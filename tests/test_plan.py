@@ -151,6 +151,8 @@ def test_what_is_held_more_than_once():
     assert once["cache"] == twice["cache"] == 7 * 2 * 3 * 1 * d * 2  # one KV head in three layers, in bf16
     whole = memory(Plan(TINY, A100, 2, context=7, split_vocabulary=False))
     assert whole["replicated"] == once["replicated"] + 2 * 2 * 50 * 24  # embedding and head
+    alone = Plan(TINY, A100, context=7, split_vocabulary=False)
+    assert memory(alone) == memory(replace(alone, split_vocabulary=True))  # nobody else holds anything
 
 
 @pytest.mark.parametrize("cfg", [LLAMA2_CONFIG_7B, LLAMA31_CONFIG_70B, LLAMA32_CONFIG_3B, TINY])
