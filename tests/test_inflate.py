@@ -535,7 +535,7 @@ def test_the_command(cli, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["--shape", "huge"], "there is no shape 'huge': this version has draft-80m, llama2-7b, "),
+        (["--shape", "huge"], "there is no shape 'huge': this version has draft-80m, llama2-13b, "),
         (["--shape", "llama3.2-3b"], "pocket-llama3.2 does not fit into the shape: its head_dim is 64, the shape's 128"),
         (["--shape", "tiny", "--dtype", "int8"], "--dtype is 'int8': give "),
         (["--shape", "tiny", "--checkpoint_path", "nowhere"], "nowhere does not exist"),

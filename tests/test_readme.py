@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from llamabook import llama2
 from llamabook.bench.report import paired
+from llamabook.cli import main
 from llamabook.cli.app import Commands, app
+from llamabook.fast.scaling import GPUS, Plan
 from llamabook.pocket.questions import grade
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +59,7 @@ def test_the_table_of_commands_is_complete():
     assert re.findall(r"^\| `([\w-]+)` \|", table, re.M) == commands()
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "draft-eval"])
+@pytest.mark.parametrize("command", ["generate", "chat", "draft-eval", "plan"])
 def test_the_table_names_all_flags(command):
     import typer
 
@@ -84,6 +87,25 @@ def test_no_output_block_is_empty():
     """A block after an `output:` comment is filled from a real run."""
     for name, block in re.findall(r"<!-- output: (.+?) -->\n```\n(.*?)```", README, re.S):
         assert block.strip(), name
+
+
+def test_the_plan_is_what_the_command_prints(capsys):
+    block = README.split("<!-- output: plan -->\n```\n")[1].split("```")[0]
+    command = re.search(r"^python -m llamabook (plan .+)$", README, re.M)[1]
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out == block
+
+
+def test_the_plans_are_as_far_off_as_the_table_says():
+    """As gpt-fast ran: a cache of 208 tokens, embedding and head whole on each GPU."""
+    lines = README.split("| Llama 2 on GPUs |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == 7
+    for line in lines:
+        size, number, predicted, published, error = re.findall(r"[\d.]+", line)
+        cfg = {"7": llama2.LLAMA2_CONFIG_7B, "70": llama2.LLAMA2_CONFIG_70B}[size]
+        plan = Plan(cfg, GPUS["a100"], int(number), context=208, split_vocabulary=False)
+        assert f"{1 / plan.seconds:.1f}" == predicted
+        assert f"{abs(100 / plan.seconds / float(published) - 100):.0f}" == error
 
 
 def test_the_speeds_are_those_of_the_file():

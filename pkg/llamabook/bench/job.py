@@ -106,7 +106,7 @@ def check_draft(job: Job, modes: list[str]) -> None:
 
 
 def shapes() -> dict[str, dict]:
-    """The shapes that can be measured without a checkpoint, and that `inflate` gives a small model, by name."""
+    """The shapes by name: measured without a checkpoint, planned for, and given to a small model by `inflate`."""
     from llamabook import llama2, llama3
 
     draft = {  # of a Llama 2 that guesses ahead of a larger one, in the size of gpt-fast's forks for it
@@ -121,10 +121,16 @@ def shapes() -> dict[str, dict]:
     return {
         "draft-80m": draft,
         "llama2-7b": llama2.LLAMA2_CONFIG_7B,
+        "llama2-13b": llama2.LLAMA2_CONFIG_13B,
+        "llama2-70b": llama2.LLAMA2_CONFIG_70B,
         "llama3-8b": llama3.LLAMA3_CONFIG_8B,
+        "llama3-70b": llama3.LLAMA3_CONFIG_70B,
         "llama3.1-8b": llama3.LLAMA31_CONFIG_8B,
+        "llama3.1-70b": llama3.LLAMA31_CONFIG_70B,
+        "llama3.1-405b": llama3.LLAMA31_CONFIG_405B,
         "llama3.2-1b": llama3.LLAMA32_CONFIG_1B,
         "llama3.2-3b": llama3.LLAMA32_CONFIG_3B,
+        "llama3.3-70b": llama3.LLAMA33_CONFIG_70B,
     }
 
 

@@ -689,6 +689,42 @@ def draft_eval(
     )
 
 
+@app.command()
+def plan(
+    shape: Annotated[str, word("--shape", "NAME", "Which model: llama2-7b to llama3.3-70b, llama3.1-405b, or another of bench's.")],
+    gpu: Annotated[str, word("--gpu", "NAME", "On what: a100, h100, h200, b200, mi250x, mi300x, l40s or rtx4090.")],
+    num_gpus: Annotated[int, typer.Option("--num_gpus", metavar="N", help="How many of them.")] = 1,
+    gpus_per_node: Annotated[
+        int, typer.Option("--gpus_per_node", metavar="N", help="How many stand in one computer; beyond it is a network.")
+    ] = 8,
+    precision: Annotated[str, word("--precision", "NAME", "Of the weights: bf16, int8 or int4 (groups of 32).")] = "bf16",
+    batch_size: Annotated[int, typer.Option("--batch_size", metavar="N", help="How many texts at once.")] = 1,
+    context: Annotated[
+        Optional[int],
+        typer.Option("--context", metavar="N", help="How long each text is. [default: 4096, or as many as the shape knows]"),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+) -> Action:
+    """Foretell how fast a model decodes on several GPUs, and whether it fits.
+
+    Tensor parallelism: each GPU holds a cut of every matrix. Nothing is run, and no GPU is needed: the times come from
+    data sheets, from published runs on one GPU, and from NCCL's own model of an all-reduce.
+    """
+    from llamabook.cli.plan import foretell
+
+    return partial(
+        foretell,
+        shape=shape,
+        gpu=gpu,
+        num_gpus=num_gpus,
+        gpus_per_node=gpus_per_node,
+        precision=precision,
+        batch_size=batch_size,
+        context=context,
+        as_json=json,
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Do what `argv` (default: the program's arguments) asks for and return the exit code."""
     if sys.stdout is None:  # closed by the caller
