@@ -134,6 +134,24 @@ def test_the_speeds_with_few_bits_are_those_of_the_file():
             assert "{:.2f} ({:.2f} to {:.2f})".format(*paired(rows, ours, row["mode"])) in line
 
 
+def test_what_speculation_gains_is_that_of_the_files():
+    lines = README.split("| speculation |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(lines) == 11
+    for line in lines:
+        target, draft, size, *cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        end = ("_80m" if "80M" in draft else "") + {"bf16": "", "int8": "_int8"}.get(target, "_int4")
+        path = ROOT / f"ch05_quantization_speculative/speed/draft_eval{end}.json"
+        report = json.loads(path.read_text(encoding="utf-8"))
+        (batch,) = (batch for batch in report["batches"] if batch["batch_size"] == int(size))
+        adaptive, best = batch["adaptive"], max(batch["rows"], key=lambda row: row["speedup"])
+        gains = [adaptive[name] for name in ("speedup", "speedup_low", "speedup_high")]
+        errors = [abs(row["error"]) for row in batch["rows"]]
+        assert cells == [
+            f"{batch['alpha']:.0%}", "{:.2f} ({:.2f} to {:.2f})".format(*gains), f"k = {best['speculate_k']}: {best['speedup']:.2f}",
+            f"{sum(errors) / len(errors):.0%}, {max(errors):.0%}",
+        ]  # fmt: skip
+
+
 def test_the_cost_of_few_bits_is_that_of_the_file():
     """Each cell is what the report has for the path that rounds activations, which is the one that was timed."""
     rows = json.loads((ROOT / "ch05_quantization_speculative/quality/quality.json").read_text(encoding="utf-8"))
