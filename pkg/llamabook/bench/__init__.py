@@ -8,5 +8,7 @@ weights, which is the limit of decoding. Prefill and decoding are timed apart.
 - `worker`: one mode in its process
 - `rotation`: the processes, in turn
 - `report`: rows, the table, the JSON and the figure
+- `draft`, `draft_report`: what a draft is worth, `python -m llamabook draft-eval`; all in one process, to be alike
+- `texts`: what a draft is measured on
 - `micro`: our kernels against torch's operators, alone
 """

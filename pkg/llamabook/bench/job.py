@@ -10,7 +10,9 @@ MODES = {
     "fast": "no cache, with fused attention",
     "kv_cache": "the cache of chapter 4's first page",
     "static": "the engine: static cache and kernels",
+    "speculative": "the engine with a draft",
 }
+QUANTIZED = ("static", "speculative")  # which modes there are in each of PRECISIONS
 COMPILED = "_compiled"
 UNCACHED = ("regular", "fast")
 PRECISIONS = ("int8", "int4", "int4.g64", "int4.g128", "int4.g256")  # of the engine's weights; int4 has groups of 32
@@ -28,6 +30,8 @@ class Job:
     prompt_tokens: int
     max_new_tokens: int
     check_tokens: int = 0  # how many tokens at once are timed against one at a time; 0: none
+    draft_checkpoint_path: str | None = None  # then all modes read text
+    speculate_k: int | None = None  # None: as many as pay
 
     def check(self, config: dict) -> None:
         """Raise InputError or ContextError, in one line, before any process starts."""
@@ -59,12 +63,46 @@ def check_modes(words: str) -> list[str]:
     modes = [word.strip() for word in words.split(",") if word.strip()]
     for mode in modes:
         name, precision = parts_of(mode)
-        if name not in MODES or (precision and name != "static"):
-            known = ", ".join(f"{mode}[{COMPILED}]" for mode in (*MODES, *(f"static_{p}" for p in PRECISIONS)))
+        if name not in MODES or (precision and name not in QUANTIZED):
+            quantized = (f"{name}_{precision}" for name in QUANTIZED for precision in PRECISIONS)
+            known = ", ".join(f"{mode}[{COMPILED}]" for mode in (*MODES, *quantized))
             raise InputError(f"there is no mode {mode!r}: this version has {known}")
     if not modes or len(set(modes)) < len(modes):
         raise InputError(f"--modes is {words!r}: name each mode once, with commas between")
     return modes
+
+
+def static_of(mode: str) -> str:
+    """The mode that decodes without a draft what `mode` decodes with one."""
+    return mode.replace("speculative", "static", 1)
+
+
+def check_draft(job: Job, modes: list[str]) -> None:
+    """Raises a LlamaBookError, in one line, for a draft that can't speak for the job's model, or has nothing to do."""
+    from llamabook.checkpoint import load_config
+    from llamabook.fast.engine import check_same_tokens
+    from llamabook.tokenizer import has_tokenizer, load_tokenizer, tokenizer_folder
+
+    speculative = [mode for mode in modes if parts_of(mode)[0] == "speculative"]
+    if job.draft_checkpoint_path is None:
+        if speculative:
+            raise InputError(f"{speculative[0]} needs a draft: give --draft_checkpoint_path")
+        if job.speculate_k is not None:
+            raise InputError("--speculate_k is for a draft: give --draft_checkpoint_path, too")
+        return
+    if job.checkpoint_path is None:
+        raise InputError("a draft of random weights is never right: give --checkpoint_path with --draft_checkpoint_path")
+    if not speculative:
+        raise InputError("--draft_checkpoint_path is for the speculative modes: name one in --modes, or leave --modes out")
+    if job.speculate_k is not None and job.speculate_k < 1:
+        raise InputError(f"--speculate_k is {job.speculate_k}: give 1 or more, or leave it out")
+    places = [Path(path) for path in (job.checkpoint_path, job.draft_checkpoint_path)]
+    length = job.prompt_tokens + job.max_new_tokens
+    if length > (context := load_config(places[1])["context_length"]):
+        raise ContextError(f"prompt and new tokens are {length}, the draft's context is {context}: ask for fewer")
+    folders = [tokenizer_folder(place) for place in places]
+    ours = load_tokenizer(folders[0])
+    check_same_tokens(ours, load_tokenizer(folders[1]) if has_tokenizer(folders[1]) else None)
 
 
 def shapes() -> dict[str, dict]:

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from llamabook.bench.report import median_interval
+from llamabook.bench.report import aligned, median_interval
 
 BYTES = 512 * 1024**2  # of the weights, and of the keys and values; more than any cache of a CPU
 ROWS = (1, 2, 4, 8, 16)
@@ -107,5 +107,4 @@ def table(rows: list[dict]) -> str:
         speed = f"{row['gb_per_s']:.1f} ({row['gb_per_s_min']:.1f}-{row['gb_per_s_max']:.1f})"
         share = f"{row['share_of_bandwidth']:.0%} ({row['share_low']:.0%}-{row['share_high']:.0%})"
         lines.append((f"{row['what']}, {size}", row["by"], speed, f"{row['read_bandwidth_gb_per_s']:.1f}", share))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines)
+    return aligned(lines)

@@ -3,14 +3,16 @@
 import json
 import math
 import statistics
+from collections import Counter
 from pathlib import Path
 
-from llamabook.bench.job import UNCACHED, Job, bytes_per_step, parts_of
+from llamabook.bench.job import QUANTIZED, UNCACHED, Job, bytes_per_step, parts_of, static_of
 from llamabook.files import replacing
 
 
 SPEEDS = (  # of which a row has the median, least and most
     "tokens_per_s", "prefill_tokens_per_s", "gb_per_s", "read_bandwidth_gb_per_s", "share_of_bandwidth", "check_cost",
+    "acceptance", "mean_accepted",
 )  # fmt: skip
 
 
@@ -27,6 +29,9 @@ def rows_of(results: list[dict], job: Job, config: dict, rounds_in: str) -> list
             if not values:
                 continue
             row |= {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
+        if any("drafts" in one for one in result["rounds"]):
+            step = statistics.median(one["step_bytes"] for one in result["rounds"])
+            row["drafts"] = sorted(sum((Counter(dict(one["drafts"])) for one in result["rounds"]), Counter()).items())
         row |= {
             "bytes_per_token": step / job.batch_size,
             "first_token_s": (cold or start)["first_token_s"],
@@ -48,7 +53,7 @@ def rows_of(results: list[dict], job: Job, config: dict, rounds_in: str) -> list
 def one_round(step_bytes: float, measured: dict, job: Job) -> dict:
     """Speeds of one timed run."""
     steps_per_s = 1 / measured["step_s"]
-    moved = step_bytes * steps_per_s / 1e9
+    moved = measured.get("step_bytes", step_bytes) * steps_per_s / 1e9
     limit = statistics.mean(measured["read_gb_per_s"])
     return {
         "round": measured["round"],
@@ -57,7 +62,7 @@ def one_round(step_bytes: float, measured: dict, job: Job) -> dict:
         "gb_per_s": moved,
         "read_bandwidth_gb_per_s": limit,
         "share_of_bandwidth": moved / limit,
-        **({"check_cost": measured["check_cost"]} if "check_cost" in measured else {}),
+        **{name: measured[name] for name in ("check_cost", "acceptance", "mean_accepted") if name in measured},
     }
 
 
@@ -87,8 +92,9 @@ def paired(rows: list[dict], mode: str, base: str, what: str = "tokens_per_s") -
 def table(rows: list[dict]) -> str:
     """The rows for a terminal; speeds as median (least-most), beside the ratio to the first mode."""
     head = ("mode", "tokens/s", "times the first", "prefill/s", "first s", "compile s", "GB/token", "GB/s", "of memory", "peak GB")
-    checked = rows[0].get("check_tokens", 0)
-    lines = [(*head, f"cost of {checked}") if checked else head]
+    checked, drafted = rows[0].get("check_tokens", 0), any("drafts" in row for row in rows)
+    speculation = ("times static", "right", "kept", "k") if drafted else ()
+    lines = [(*head, *([f"cost of {checked}"] if checked else []), *speculation)]
     for row in rows:
         ratio, low, high = paired(rows, row["mode"], rows[0]["mode"])
         lines.append((
@@ -103,7 +109,26 @@ def table(rows: list[dict]) -> str:
             f"{row['share_of_bandwidth']:.0%}",
             f"{row['peak_memory_gb']:.2f}",
             *([f"{row['check_cost']:.2f}" if "check_cost" in row else "-"] if checked else []),
+            *(speculation_of(row, rows) if drafted else []),
         ))  # fmt: skip
+    return aligned(lines)
+
+
+def speculation_of(row: dict, rows: list[dict]) -> tuple[str, ...]:
+    """Four words: the speed against the same without a draft, the share of right tokens, how many of a draft were kept, and
+    how many were drafted most often.
+    """
+    if "drafts" not in row:
+        return ("-",) * 4
+    base = static_of(row["mode"])
+    times = "-" if base not in (other["mode"] for other in rows) else "{:.2f} ({:.2f}-{:.2f})".format(*paired(rows, row["mode"], base))
+    often = max(row["drafts"], key=lambda pair: pair[1])[0]
+    right = (f"{row['acceptance']:.0%}", f"{row['mean_accepted']:.2f}") if "acceptance" in row else ("-", "-")
+    return times, *right, str(often)
+
+
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """Words in columns, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths)).rstrip() for line in lines)
 
@@ -121,7 +146,7 @@ def draw(rows: list[dict]):
     fig, axes = figure(height=1.2 + 0.5 * len(rows))
     for place, row in enumerate(rows):
         speed, low, high = (row[f"tokens_per_s{end}"] for end in ("", "_min", "_max"))
-        ours = row["mode"].startswith("static")
+        ours = row["mode"].startswith(QUANTIZED)
         axes.barh(place, speed, color=COLORS["llama" if ours else "gpt"], height=0.6)
         axes.plot([low, high], [place, place], color=COLORS["floor"], lw=1.2, marker="|")
         if parts_of(row["mode"])[0] not in UNCACHED:

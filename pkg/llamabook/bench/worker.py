@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 
-from llamabook.bench.job import COMPILED, Job, config_of, parts_of, weight_bytes
+from llamabook.bench.job import COMPILED, Job, bytes_per_step, config_of, parts_of, weight_bytes
 
 ANSWER = "@@"
 FIRST_TOKENS = 3  # of the first run: prefill, a first decoding step, and one that nothing new has to be built for
@@ -53,11 +53,22 @@ class Subject:
             torch.compile(lambda x: x + 1)(torch.ones(1, device=self.device))
         memory.begin(self.device)
         self.config = config_of(job)
-        generator = torch.Generator().manual_seed(0)
-        shape = (job.batch_size, job.prompt_tokens)
-        self.prompt = torch.randint(0, self.config["vocab_size"], shape, generator=generator).to(self.device)
+        self.prompt = self.make_prompt().to(self.device)
         with torch.no_grad():
             self.model = self.make()
+
+    def make_prompt(self):
+        """The ids (B, T) that all modes read: random ones, or with a draft, which is right as often as a text lets it be, text."""
+        import torch
+
+        job, generator = self.job, torch.Generator().manual_seed(0)
+        if job.draft_checkpoint_path is None:
+            return torch.randint(0, self.config["vocab_size"], (job.batch_size, job.prompt_tokens), generator=generator)
+        from llamabook.bench.texts import rows_of_text
+        from llamabook.tokenizer import load_tokenizer, tokenizer_folder
+
+        tokenizer = load_tokenizer(tokenizer_folder(Path(job.checkpoint_path)))
+        return torch.tensor(rows_of_text(tokenizer, job.batch_size, job.prompt_tokens))
 
     def make(self):
         """The model, with the checkpoint's weights or random ones."""
@@ -234,19 +245,53 @@ class Static(Subject):
                 seconds[count].append(self.now() - start)
         return {"check_cost": statistics.median(seconds[job.check_tokens]) / statistics.median(seconds[1])}
 
-    def run(self, n: int) -> list[float]:
+    def run(self, n: int, **options) -> list[float]:
         from llamabook import fast
 
-        times = [self.now()]
+        times, lengths = [self.now()], [0] * self.job.batch_size
 
         def note(row: int, token: int) -> None:
-            times.append(self.now())
+            lengths[row] += 1
+            if min(lengths) == len(times):  # now each row has one more
+                times.append(self.now())
 
-        fast.generate(self.model, self.prompt.tolist(), n, compile=self.compiled, on_token=note)
-        return times[:1] + times[self.job.batch_size :: self.job.batch_size]  # a step gives one token to each row
+        fast.generate(self.model, self.prompt.tolist(), n, compile=self.compiled, on_token=note, **options)
+        return times
 
 
-KINDS = {"regular": Plain, "fast": Fast, "kv_cache": Cached, "static": Static}
+class Speculative(Static):
+    """The engine with a draft. What the draft takes to read the prompts is among the steps."""
+
+    def make(self):
+        from llamabook import fast
+
+        self.draft = fast.load_draft(self.job.draft_checkpoint_path, self.config["dtype"], self.device)
+        return super().make()
+
+    def start(self) -> dict:
+        found = super().start()
+        self.run(self.job.max_new_tokens)  # how many tokens pay is learned before anything is timed
+        return found
+
+    def run(self, n: int, **options) -> list[float]:
+        from llamabook import fast
+
+        self.done = fast.Statistics()
+        return super().run(n, draft=self.draft, speculate_k=self.job.speculate_k, statistics=self.done, **options)
+
+    def round(self) -> dict:
+        """As without a draft, and what speculation did: passes of each model, and all that they read and wrote, by step."""
+        found, job, done = super().round(), self.job, self.done
+        passes = ((done.target_passes, done.target_bytes, self.model.cfg), (done.draft_passes, done.draft_bytes, self.draft.cfg))
+        moved = sum(number * bytes_per_step("static", job, cfg, weights) for number, weights, cfg in passes)
+        return found | {
+            "step_bytes": moved / (job.max_new_tokens - 1),
+            "drafts": sorted(done.drafts.items()),
+            **({"acceptance": done.acceptance, "mean_accepted": done.mean_accepted} if done.reached else {}),
+        }
+
+
+KINDS = {"regular": Plain, "fast": Fast, "kv_cache": Cached, "static": Static, "speculative": Speculative}
 
 
 def fill(model):

@@ -37,6 +37,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx, args):
         known = self.list_commands(ctx)
+        args = [next((name for name in known if underscores(name) == underscores(args[0])), args[0]), *args[1:]]
         if args[0] not in known:
             near = difflib.get_close_matches(args[0], known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"this version has {', '.join(known)}"
@@ -509,14 +510,21 @@ def bench(
         ),
     ] = None,
     modes: Annotated[
-        str,
+        Optional[str],
         word(
             "--modes",
             "LIST",
             "What to compare, with commas between: regular, fast, kv_cache and static, static_int8, static_int4 "
-            "(groups of 32; static_int4.g64 and so on), each also with _compiled.",
+            "(groups of 32; static_int4.g64 and so on), and speculative in the same kinds, each also with _compiled. "
+            "[default: regular, kv_cache and static, each also compiled; with a draft static,speculative]",
         ),
-    ] = "regular,regular_compiled,kv_cache,kv_cache_compiled,static,static_compiled",
+    ] = None,
+    draft_checkpoint_path: Annotated[
+        Optional[Path], word("--draft_checkpoint_path", "PATH", "The draft of the speculative modes; all modes then read text.")
+    ] = None,
+    speculate_k: Annotated[
+        Optional[int], typer.Option("--speculate_k", metavar="N", help="How many tokens it drafts a round. [default: as many as pay]")
+    ] = None,
     device: Device = None,
     dtype: Annotated[str, word("--dtype", "NAME", "Type of the weights: float32, bfloat16 or float16.")] = "bfloat16",
     batch_size: Annotated[int, typer.Option("--batch_size", metavar="N", help="How many texts at once.")] = 1,
@@ -559,6 +567,8 @@ def bench(
         checkpoint_path=checkpoint_path,
         shape=shape,
         modes=modes,
+        draft_checkpoint_path=draft_checkpoint_path,
+        speculate_k=speculate_k,
         device=device,
         dtype=dtype,
         batch_size=batch_size,
@@ -596,6 +606,66 @@ def inflate(
     from llamabook.cli.inflate import lay
 
     return partial(lay, checkpoint_path=checkpoint_path, shape=shape, output=output, dtype=dtype, force=force)
+
+
+@app.command(name="draft-eval")
+def draft_eval(
+    checkpoint_path: Annotated[
+        Optional[Path],
+        word("--checkpoint_path", "PATH", "The model: folder with weights and tokenizer. [default: the embedded pocket-llama3.2]"),
+    ] = None,
+    draft_checkpoint_path: Annotated[
+        Optional[Path],
+        word("--draft_checkpoint_path", "PATH", "The draft; it needs no tokenizer. [default: the embedded pocket-draft]"),
+    ] = None,
+    batch_size: Annotated[str, word("--batch_size", "LIST", "How many texts at once, as 1,2,4 or 1..4.")] = "1,2,4,8",
+    speculate_k: Annotated[str, word("--speculate_k", "LIST", "How many tokens to draft a round.")] = "1..8",
+    prompts: Annotated[
+        Optional[Path], word("--prompts", "FILE", "A prompt a line. [default: beginnings of the farm's held-out stories]")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", metavar="N", help="How long each text becomes; no end of text stops it.")
+    ] = 64,
+    rounds: Annotated[int, typer.Option("--rounds", metavar="N", help="How often everything has its turn.")] = 5,
+    temperature: Temperature = 0.0,
+    seed: Seed = 1234,
+    device: Device = None,
+    dtype: Dtype = None,
+    draft_dtype: Annotated[
+        Optional[str], word("--draft_dtype", "NAME", "Type of the draft's weights. [default: as --dtype]")
+    ] = None,
+    compile: Compile = False,
+    exact_activations: ExactActivations = False,
+    output: Annotated[
+        Optional[Path], word("--output", "FILE", "Write all numbers as JSON, and a figure beside it as PNG.")
+    ] = None,
+) -> Action:
+    """Measure how much faster a draft makes a model.
+
+    For each batch size, first what steps cost, and how often a draft must be right to pay at that. Then texts, with each
+    number of drafted tokens and plainly, in turns: how often the draft is right, what the formula predicts, what was
+    gained. Any checkpoint that loads can be the draft.
+    """
+    from llamabook.cli.draft_eval import measure_draft
+
+    return partial(
+        measure_draft,
+        checkpoint_path=checkpoint_path,
+        draft_checkpoint_path=draft_checkpoint_path,
+        batch_size=batch_size,
+        speculate_k=speculate_k,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        rounds=rounds,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        draft_dtype=draft_dtype,
+        compile=compile,
+        exact_activations=exact_activations,
+        output=output,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,17 +3,24 @@
 import datetime
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from llamabook.cli.speak import embedded, pick_device, pick_dtype
 from llamabook.errors import InputError
+
+USUAL = "regular,regular_compiled,kv_cache,kv_cache_compiled,static,static_compiled"
+WITH_DRAFT = "static,speculative"
 
 
 def compare(
     *,
     checkpoint_path: Path | None,
     shape: str | None,
-    modes: str,
+    modes: str | None,
+    draft_checkpoint_path: Path | None,
+    speculate_k: int | None,
     device: str | None,
     dtype: str,
     batch_size: int,
@@ -26,12 +33,12 @@ def compare(
     output: Path | None,
 ) -> None:
     """Measure, print the table, and write JSON and figure if asked."""
-    from llamabook.bench.job import Job, check_modes, config_of
+    from llamabook.bench.job import Job, check_draft, check_modes, config_of
 
     if checkpoint_path is not None and shape is not None:
         raise InputError("--checkpoint_path and --shape: give one of them")
     check_output(rounds, output)
-    names = check_modes(modes)
+    names = check_modes((WITH_DRAFT if draft_checkpoint_path else USUAL) if modes is None else modes)
     others = dict(check_peer(peer, names) for peer in peers)
     pick_dtype(dtype)
     job = Job(
@@ -43,9 +50,12 @@ def compare(
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         check_tokens=check_tokens,
+        draft_checkpoint_path=str(draft_checkpoint_path) if draft_checkpoint_path else None,
+        speculate_k=speculate_k,
     )
     config = config_of(job)
     job.check(config)
+    check_draft(job, names)
 
     from llamabook.bench import report
     from llamabook.bench.rotation import measure
@@ -60,7 +70,7 @@ def compare(
     print(report.table(rows))
     if output is not None:
         report.write_json(rows, output)
-        draw(rows, output.with_suffix(".png"))
+        write_figure(partial(report.draw, rows), output.with_suffix(".png"))
 
 
 def kernels_alone(*, rounds: int, output: Path | None) -> None:
@@ -97,13 +107,12 @@ def progress(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Write the figure, or say in one line why there is none."""
-    from llamabook.bench.report import draw as figure_of
+def write_figure(make: Callable, path: Path) -> None:
+    """Write the figure that `make` makes, or say in one line why there is none."""
     from llamabook.files import replacing
 
     try:
-        figure = figure_of(rows)
+        figure = make()
     except ImportError:
         print("llamabook: no figure, since matplotlib is not installed: pip install matplotlib", file=sys.stderr)
         return

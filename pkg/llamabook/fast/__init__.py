@@ -5,7 +5,7 @@
     rows = fast.generate(model, [tokenizer.encode("What do llamas eat?", bos=True)], 100, stop=tokenizer.stop_tokens)
 """
 
-from llamabook.fast.engine import generate, load, stream
+from llamabook.fast.engine import generate, load, load_draft, stream
 from llamabook.fast.speculative import PromptLookup, Statistics
 
-__all__ = ["PromptLookup", "Statistics", "generate", "load", "stream"]
+__all__ = ["PromptLookup", "Statistics", "generate", "load", "load_draft", "stream"]

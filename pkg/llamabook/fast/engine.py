@@ -17,9 +17,9 @@ from llamabook.fast.model import Transformer, from_llama
 from llamabook.fast.quantize.files import load_engine, read_quantized
 from llamabook.fast.sampling import Sampler
 from llamabook.fast.speculative import PromptLookup, Statistics, speculate_rows
-from llamabook.tokenizer import load_tokenizer, tokenizer_folder
+from llamabook.tokenizer import has_tokenizer, load_tokenizer, tokenizer_folder
 
-__all__ = ["generate", "load", "stream", "weight_bytes"]
+__all__ = ["generate", "load", "load_draft", "stream", "weight_bytes"]
 
 
 def load(
@@ -36,13 +36,7 @@ def load(
     multiplies such numbers fastest; "exact" does not. Raises CheckpointError, TokenizerError or InputError.
     """
     path = Path(path)
-    if activations not in ("rounded", "exact"):
-        raise InputError(f"activations is {activations!r}: give 'rounded' or 'exact'")
-    if recognize(path)[0].startswith("quantized"):
-        model = load_engine(read_quantized(path), device, dtype, exact=activations == "exact")
-    else:
-        model = from_llama(load_model(path), device=device, dtype=dtype)
-    tokenizer = load_tokenizer(tokenizer_folder(path))
+    model, tokenizer = load_weights(path, dtype, device, activations), load_tokenizer(tokenizer_folder(path))
     if tokenizer.vocab_size > model.cfg["vocab_size"]:
         raise CheckpointError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens and the model {model.cfg['vocab_size']}, "
@@ -50,6 +44,33 @@ def load(
         )
     model.tokenizer = tokenizer  # what stop strings are looked for with
     return model, tokenizer
+
+
+def load_draft(
+    path: str | Path,
+    dtype: torch.dtype | None = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    activations: str = "rounded",
+) -> Transformer:
+    """A checkpoint as `draft` of another model, whose tokenizer speaks for both; arguments and errors as of `load`.
+
+    It needs no tokenizer of its own. If it has one, `generate` compares the two. It may have fewer tokens than the
+    model, or more: those that only one of them has are never drafted.
+    """
+    path = Path(path)
+    model = load_weights(path, dtype, device, activations)
+    if has_tokenizer(tokenizer_folder(path)):
+        model.tokenizer = load_tokenizer(tokenizer_folder(path))
+    return model
+
+
+def load_weights(path: Path, dtype: torch.dtype | None, device: torch.device | str, activations: str) -> Transformer:
+    """The model of `load`, without a tokenizer."""
+    if activations not in ("rounded", "exact"):
+        raise InputError(f"activations is {activations!r}: give 'rounded' or 'exact'")
+    if recognize(path)[0].startswith("quantized"):
+        return load_engine(read_quantized(path), device, dtype, exact=activations == "exact")
+    return from_llama(load_model(path), device=device, dtype=dtype)
 
 
 def weight_bytes(model: Transformer) -> int:

@@ -15,9 +15,18 @@ __all__ = [
     "Llama3Tokenizer",
     "chat_format",
     "clean_text",
+    "has_tokenizer",
     "load_tokenizer",
     "tokenizer_folder",
 ]
+
+
+NAMES = ("tokenizer.model", "tokenizer.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer's file is in `folder`."""
+    return any((folder / name).exists() for name in NAMES)
 
 
 def load_tokenizer(path: str | Path) -> Llama2Tokenizer | Llama3Tokenizer:
@@ -28,7 +37,7 @@ def load_tokenizer(path: str | Path) -> Llama2Tokenizer | Llama3Tokenizer:
     """
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).exists()]
+        found = [path / name for name in NAMES if (path / name).exists()]
         if not found:
             inside = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
             raise TokenizerError(
@@ -44,8 +53,7 @@ def tokenizer_folder(path: Path) -> Path:
     places = [folder, folder / "original"]
     if any(folder.glob("consolidated.*.pth")):
         places.append(folder.resolve().parent)
-    names = ("tokenizer.model", "tokenizer.json")
-    return next((place for place in places if any((place / name).exists() for name in names)), folder)
+    return next(filter(has_tokenizer, places), folder)
 
 
 def chat_format(tokenizer: Llama2Tokenizer | Llama3Tokenizer) -> Llama2ChatFormat | ChatFormat:
