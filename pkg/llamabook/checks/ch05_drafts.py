@@ -62,7 +62,10 @@ def check_best_k(your: Student) -> None:
         hint = "That is the worst." if min(all_k) < best - 1e-9 and abs(got[1] - min(all_k)) < 1e-9 else hint
         once = max(tokens_of_a_round(alpha, k) / (c * (k > 0) + v[k]) for k in range(len(v)))
         hint = "All k drafted tokens cost, each of them c." if c and abs(got[1] - once) < 1e-9 else hint
-        require(got[0] == want, f"{what}: k = {want} is the best, with {best:.4g}; yours is k = {got[0]} with {got[1]:.4g}. {hint}")
+        require(
+            got[0] == want,
+            f"{what}: k = {want} is the best, with {best:.4g}; yours is k = {got[0]} with {got[1]:.4g}. {hint}",
+        )
         hint = "That is the number of tokens; divide by what the round costs." if got[1] > best * 1.001 else ""
         hint = "The target adds a token of its own to those that stay." if abs(got[1] - geometric[want]) < 1e-6 else hint
         require(abs(got[1] - best) < 1e-6, f"{what}: with k = {want} it is {best:.6g} times as fast, yours {got[1]:.6g}. {hint}")
@@ -71,7 +74,9 @@ def check_best_k(your: Student) -> None:
 # --- 18. Costs from shapes ---
 
 
-@exercise("draft_cost", chapter=5, title="What a draft costs, before anybody has run it", minutes=10, difficulty="core", points=10)
+@exercise(
+    "draft_cost", chapter=5, title="What a draft costs, before anybody has run it", minutes=10, difficulty="core", points=10
+)  # fmt: skip
 def check_draft_cost(your: Student) -> None:
     def got_from(*args: Any) -> float:
         got = number(your(*args), "the cost")
@@ -126,7 +131,8 @@ def check_draft_cost(your: Student) -> None:
             other = read(*draft, **how) / read(*target, **how)
             if not math.isclose(other, want, rel_tol=1e-9) and math.isclose(got, other, rel_tol=1e-7):
                 hint = hint or words
-        hint = "The draft's bytes by the target's, not the other way." if math.isclose(got * want, 1, rel_tol=1e-6) and want != 1 else hint
+        turned = math.isclose(got * want, 1, rel_tol=1e-6) and want != 1
+        hint = "The draft's bytes by the target's, not the other way." if turned else hint
         require(math.isclose(got, want, rel_tol=1e-6), f"{what}: the cost is {want:.6g} of a step, yours {got:.6g}. {hint}")
 
 
@@ -175,12 +181,15 @@ def check_estimate_alpha(your: Student) -> None:
         shares = [y / k for k, y in zip(drafted, kept) if k]
         hints = {
             sum(kept) / sum(drafted): "Tokens behind the first that went were never tried: they say nothing.",
-            sum(shares) / n: "A mean of the rounds' shares is not the share of the tokens, and what was never tried doesn't count.",
+            sum(shares) / n: "A mean of the rounds' shares is not the share of the tokens; what was never tried doesn't count.",
             sum(y / t for t, y in rounds) / n: "A round that tried more tokens counts more: one sum by the other.",
             stayed / (tried + sum(y == k for k, y in zip(drafted, kept) if k)): "If all stay, none was tried beyond the last.",
         }
         hint = next((words for value, words in hints.items() if abs(got[0] - value) < 1e-9 and abs(value - alpha) > 1e-6), "")
-        require(abs(got[0] - alpha) < 1e-6, f"{what}: {stayed} of {tried} tried tokens stayed, alpha is {alpha:.5g}, yours {got[0]:.5g}. {hint}")
+        require(
+            abs(got[0] - alpha) < 1e-6,
+            f"{what}: {stayed} of {tried} tried tokens stayed, alpha is {alpha:.5g}, yours {got[0]:.5g}. {hint}",
+        )
         want = error(rounds)
         hints = {
             math.sqrt(alpha * (1 - alpha) / tried): "That takes all tokens for independent. Count by rounds.",
@@ -253,7 +262,8 @@ def check_coupled_round(your: Student) -> None:
         impossible = [x for place, x in enumerate(got) if p[place, x] == 0] if max(got) < V else []
         hint = "A token of probability 0 is never drawn: ln 0 is -inf, and stays so." if impossible else ""
         hint = "The draft's own token must not be written." if got == by_q != want else hint
-        hint = "The target draws with the same noise as the draft, at each place its own row of it." if got[0] != want[0] and not hint else hint
+        others = got[0] != want[0] and not hint
+        hint = "The target draws with the same noise as the draft, at each place its own row of it." if others else hint
         hint = "The draft has drawn another token there: stop behind the target's." if got[: len(want)] == want else hint
         hint = "Draft and target agree there: go on." if want[: len(got)] == got else hint
         require(got == want, f"{k} drafted, {V} tokens, noise of seed {seed}: {want}, yours {got}. {hint}")

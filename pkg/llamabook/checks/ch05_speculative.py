@@ -67,7 +67,10 @@ def check_overlap(your: Student) -> None:
     hint = "A token that the draft does not have is one that it never says." if not close(got, wanted(p, q), 1e-5) else ""
     cut = p[:, :2] / p[:, :2].sum(-1, keepdim=True)
     hint = "Don't make p sum to 1 again: the target may say the others." if close(got, wanted(cut, q), 1e-5) else hint
-    require(close(got, wanted(p, q), 1e-5), f"the draft has two of four tokens: {wanted(p, q).tolist()}, yours {got.tolist()}. {hint}")
+    require(
+        close(got, wanted(p, q), 1e-5),
+        f"the draft has two of four tokens: {wanted(p, q).tolist()}, yours {got.tolist()}. {hint}",
+    )
     p, q = drawn_shares(3, 500, seed=3).bfloat16(), drawn_shares(3, 500, seed=3).bfloat16()
     got, want = got_from(p, q), wanted(p.float(), q.float())
     require(close(got, want, 1e-4), f"500 tokens in bfloat16: add up in float32 ({off_by(got, want)}).")
@@ -98,7 +101,10 @@ def check_accept_or_resample(your: Student) -> None:
     hint = "The dropped token comes back: what p has less of must not count." if token == 2 else hint
     for v in (0.02, 0.5, 0.98):
         token, stays = got_from(p, q, 2, 0.9, v)
-        require(token == 0 and not stays, f"{what}: token 2 is dropped, and only of token 0 p has more; v = {v} gives {token}. {hint}")
+        require(
+            token == 0 and not stays,
+            f"{what}: token 2 is dropped, and only of token 0 p has more; v = {v} gives {token}. {hint}",
+        )
 
     half = shares([4, 0, 0, 4], [1, 3, 3, 1]).unbind()  # p has 3/8 more of each, 0 and 3
     for v, want in ((0.1, 0), (0.45, 0), (0.55, 3), (0.9, 3)):
@@ -116,7 +122,8 @@ def check_accept_or_resample(your: Student) -> None:
         hint = hint_for(written, p.double(), q.double())
         require(
             close(written, p, 0.012),
-            f"over all x, u and v the written tokens must be those of p = {rounded(p)}; yours come out as {rounded(written)}. {hint}",
+            f"over all x, u and v the written tokens must be those of p = {rounded(p)}; yours come out as "
+            f"{rounded(written)}. {hint}",
         )
 
 
@@ -163,7 +170,8 @@ def check_greedy_round(your: Student) -> None:
             logits[row, range(len(tokens)), tokens] = 9.0
         got = your(logits, torch.tensor(drafted), torch.tensor(counts))
         present(got)
-        require(isinstance(got, list) and len(got) == len(best), f"return a list with a list of tokens for each of {len(best)} rows.")
+        fine = isinstance(got, list) and len(got) == len(best)
+        require(fine, f"return a list with a list of tokens for each of {len(best)} rows.")
         for row in got:
             require(isinstance(row, list), f"a row is a {type(row).__name__}; want a list of ints.")
         return [[whole(token, "a token") for token in row] for row in got]
@@ -256,7 +264,8 @@ def check_after_round(your: Student) -> None:
         got, want, n = got_from(*case), wanted(*case), len(case[0])
         drafted, accepted, token = case[1:4]
         hint = "Did you forget the token that follows those that stay?" if got[0] == drafted[:accepted] else ""
-        hint = "The row ends behind its first stop token, wherever in the round it stands." if len(got[0]) > len(want[0]) else hint
+        longer = len(got[0]) > len(want[0])
+        hint = "The row ends behind its first stop token, wherever in the round it stands." if longer else hint
         hint = "A rejected token is not of the text." if got[0] == [*drafted, token] and accepted < len(drafted) else hint
         hint = "The stop token itself belongs to the row." if got[0] == want[0][:-1] and want[0][-1] in stops else hint
         hint = f"There is room for {case[5]}." if len(got[0]) > case[5] else hint
@@ -265,9 +274,11 @@ def check_after_round(your: Student) -> None:
         hint = "Only a token of this round ends it." if 9 in case[0] else "A stop token ends it, and so does a full row."
         require(got[3] == want[3], f"{what}: the row {says} ended. {hint}")
         hint = f"It has read {n} tokens of the text and {len(drafted)} drafted ones."
-        hint = "The last token of the text has not been read yet, if it came by rejection or after the last." if got[1] == want[1] + 1 else hint
+        unread = "The token that follows those that stay has not been read yet."
+        hint = unread if got[1] == want[1] + 1 else hint
         hint = "A slot with a rejected token is worth nothing." if got[1] == n + len(drafted) > want[1] else hint
-        hint = "Of what has been cut off nothing is worth keeping." if len(want[0]) <= accepted and got[1] == n + accepted else hint
+        cut = len(want[0]) <= accepted and got[1] == n + accepted
+        hint = "Of what has been cut off nothing is worth keeping." if cut else hint
         hint = "The slots of tokens that stay are worth keeping: nothing is read twice." if got[1] < want[1] else hint
         require(got[1] == want[1], f"{what}: {want[1]} slots of the target are worth keeping, yours {got[1]}. {hint}")
         hint = f"It has read {n} tokens of the text and {len(drafted) - 1} drafted ones: nobody asked it what follows the last."
