@@ -20,10 +20,12 @@ from pathlib import Path
 import answers_ch02
 import answers_ch03
 import answers_ch04
+import answers_ch05_drafts
 import answers_ch05_evaluation
 import answers_ch05_gptq
 import answers_ch05_int4
 import answers_ch05_int8
+import answers_ch05_speculative
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,7 +40,10 @@ CHAPTERS = {  # a chapter's solutions, one notebook a topic, their exercises num
     2: [FOLDERS["ch02"] / "04_exercises_solutions.ipynb"],
     3: [FOLDERS["ch03"] / "02_exercises_solutions.ipynb"],
     4: [FOLDERS["ch04"] / f"{topic}_exercises_solutions.ipynb" for topic in ("05_cache", "06_speed")],
-    5: [FOLDERS["ch05"] / f"{topic}_exercises_solutions.ipynb" for topic in ("05_int8", "06_int4", "07_gptq", "08_evaluation")],
+    5: [
+        FOLDERS["ch05"] / f"{topic}_exercises_solutions.ipynb"
+        for topic in ("05_int8", "06_int4", "07_gptq", "08_evaluation", "11_speculative", "12_draft")
+    ],
 }
 PAGES = [path for paths in CHAPTERS.values() for path in paths]
 NAMES = list(EXERCISES)
@@ -48,7 +53,7 @@ NAMES = list(EXERCISES)
 # Those of chapter 1 stand here, those of later chapters in files of their own.
 MUTANTS = answers_ch02.MUTANTS | answers_ch03.MUTANTS | answers_ch04.MUTANTS
 MUTANTS |= answers_ch05_int8.MUTANTS | answers_ch05_int4.MUTANTS | answers_ch05_gptq.MUTANTS
-MUTANTS |= answers_ch05_evaluation.MUTANTS
+MUTANTS |= answers_ch05_evaluation.MUTANTS | answers_ch05_speculative.MUTANTS | answers_ch05_drafts.MUTANTS
 MUTANTS |= {
     "rms_norm": [
         (
@@ -661,7 +666,7 @@ def test_answers_of_any_wrong_kind_are_rejected(name):
 LAZY = {"stream_text", "until_stop"}
 UNCHANGEABLE = {  # the arguments are numbers, or a model
     "hidden_width", "rope_frequencies", "causal_mask", "unfinished_pairs", "scaled_frequency", "held_bytes",
-    "positions_computed", "slots_hold", "most_tokens_per_s", "rows_until_compute",
+    "positions_computed", "slots_hold", "most_tokens_per_s", "rows_until_compute", "draft_cost",
 }  # fmt: skip
 
 
@@ -819,6 +824,8 @@ OTHERS = {
     **answers_ch05_int4.OTHERS,
     **answers_ch05_gptq.OTHERS,
     **answers_ch05_evaluation.OTHERS,
+    **answers_ch05_speculative.OTHERS,
+    **answers_ch05_drafts.OTHERS,
 }
 
 
@@ -934,7 +941,7 @@ def test_score_report_and_grade():
 
 def test_registry_is_complete():
     assert set(MUTANTS) == set(SOURCES) == set(STUBS) == set(EXERCISES)
-    least = {1: 12, 2: 8, 3: 3, 4: 11, 5: 12}
+    least = {1: 12, 2: 8, 3: 3, 4: 11, 5: 20}
     worth = {"warm-up": 5, "core": 10, "stretch": 20}
     assert checks.score(1)[1] == 200
     for chapter in CHAPTERS:

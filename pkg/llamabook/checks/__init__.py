@@ -79,6 +79,13 @@ from llamabook.checks.ch05_int8 import check_absmax_rows, check_smooth, check_wh
 from llamabook.checks.ch05_int4 import check_product_in_groups, check_search_scale, check_signed_nibbles  # isort: skip
 from llamabook.checks.ch05_gptq import check_input_hessian, check_make_up, check_round_cheapest  # isort: skip
 from llamabook.checks.ch05_evaluation import check_choose, check_sliding_nats, check_verdict  # isort: skip
+from llamabook.checks.ch05_speculative import (  # isort: skip
+    check_accept_or_resample,
+    check_after_round,
+    check_greedy_round,
+    check_overlap,
+)
+from llamabook.checks.ch05_drafts import check_best_k, check_coupled_round, check_draft_cost, check_estimate_alpha  # isort: skip
 from llamabook.checks.core import (
     CheckFailed,
     Exercise,
@@ -99,23 +106,30 @@ __all__ = [
     "Slots",
     "TinyTokenizer",
     "check_absmax_rows",
+    "check_accept_or_resample",
     "check_add_turn",
+    "check_after_round",
     "check_answer_log_prob",
     "check_answer_mask",
     "check_append",
     "check_apply_rope",
     "check_attend_ragged",
+    "check_best_k",
     "check_causal_attention",
     "check_causal_mask",
     "check_chat_ids",
     "check_chat_prompt",
     "check_choose",
     "check_count_parameters",
+    "check_coupled_round",
+    "check_draft_cost",
     "check_draw_rows",
     "check_draw_top_p",
     "check_entropy_gap",
+    "check_estimate_alpha",
     "check_fit_dialog",
     "check_generate_batch",
+    "check_greedy_round",
     "check_grouped_attention",
     "check_held_bytes",
     "check_hidden_width",
@@ -128,6 +142,7 @@ __all__ = [
     "check_merge_bytes",
     "check_merge_shards",
     "check_most_tokens_per_s",
+    "check_overlap",
     "check_positions_computed",
     "check_positions_that_fit",
     "check_product_in_groups",
