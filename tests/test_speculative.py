@@ -2,6 +2,7 @@
 
 import inspect
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from llamabook import fast, pocket
 from llamabook.cli import app
+from llamabook.cli.speak import draft_folder
 from llamabook.errors import InputError
 from llamabook.fast import payoff, speculative
 from llamabook.fast.model import from_llama
@@ -530,3 +532,12 @@ def test_bad_flags(capsys, monkeypatch, command, words, complaint):
     monkeypatch.setattr("sys.stdin", io.StringIO("What do llamas eat?\n"))
     code, out, err = say(capsys, command, *words)
     assert code not in (0, None) and complaint in err and len(err.strip().splitlines()) <= 3 and "Traceback" not in err
+
+
+def test_a_draft_by_its_name(tmp_path, monkeypatch):
+    """An embedded model's name will do, unless there is such a folder."""
+    monkeypatch.chdir(tmp_path)
+    assert draft_folder(Path("pocket-draft")) == pocket.path("pocket-draft")
+    assert draft_folder(Path("nowhere")) == Path("nowhere")
+    Path("pocket-draft").mkdir()
+    assert draft_folder(Path("pocket-draft")) == Path("pocket-draft")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from llamabook.cli.speak import embedded, pick_device, pick_dtype
+from llamabook.cli.speak import draft_folder, embedded, pick_device, pick_dtype
 from llamabook.errors import InputError
 
 USUAL = "regular,regular_compiled,kv_cache,kv_cache_compiled,static,static_compiled"
@@ -50,7 +50,7 @@ def compare(
         prompt_tokens=prompt_tokens,
         max_new_tokens=max_new_tokens,
         check_tokens=check_tokens,
-        draft_checkpoint_path=str(draft_checkpoint_path) if draft_checkpoint_path else None,
+        draft_checkpoint_path=str(draft_folder(draft_checkpoint_path)) if draft_checkpoint_path else None,
         speculate_k=speculate_k,
     )
     config = config_of(job)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llamabook.bench.texts import beginnings, lines_of
 from llamabook.cli.bench import check_output, progress, write_figure
-from llamabook.cli.speak import Sampling, pick_device, pick_dtype
+from llamabook.cli.speak import Sampling, draft_folder, pick_device, pick_dtype
 from llamabook.errors import InputError
 
 TARGET, DRAFT = "pocket-llama3.2", "pocket-draft"  # where none is named
@@ -49,7 +49,8 @@ def measure_draft(
 
     check_length(max_new_tokens, ks)
     own = torch.float32 if checkpoint_path is None else None  # small, and the same text on more machines
-    path, draft_path = checkpoint_path or pocket.path(TARGET), draft_checkpoint_path or pocket.path(DRAFT)
+    path = checkpoint_path or pocket.path(TARGET)
+    draft_path = draft_folder(draft_checkpoint_path) if draft_checkpoint_path else pocket.path(DRAFT)
     how = {"device": place, "activations": "exact" if exact_activations else "rounded"}
     model, tokenizer = fast.load(path, dtype=asked or own, **how)
     draft = fast.load_draft(draft_path, dtype=asked_draft or asked or own, **how)

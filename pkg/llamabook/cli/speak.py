@@ -246,17 +246,20 @@ class Speaker:
 
 def draft_of(path: Path | None, lookup: bool, k: int | None) -> Path | str | None:
     """What drafts, of the flags. Raises InputError where they don't fit."""
-    from llamabook import pocket
-
     if path is not None and lookup:
         raise InputError("--draft_checkpoint_path and --prompt_lookup: give one of them")
     if k is not None and k < 1:
         raise InputError(f"--speculate_k is {k}: give 1 or more, or leave it out for as many as pay")
     if k is not None and path is None and not lookup:
         raise InputError("--speculate_k needs what drafts: give --draft_checkpoint_path or --prompt_lookup, too")
-    if path is not None and not path.exists() and str(path) in pocket.names():
-        return pocket.path(str(path))
-    return LOOKUP if lookup else path
+    return LOOKUP if lookup else path and draft_folder(path)
+
+
+def draft_folder(path: Path) -> Path:
+    """`path`, or the folder of the embedded model that has this name where no such path is."""
+    from llamabook import pocket
+
+    return pocket.path(str(path)) if not path.exists() and str(path) in pocket.names() else path
 
 
 def pick_device(name: str | None) -> str:
